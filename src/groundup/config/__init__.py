@@ -1,0 +1,1 @@
+"""Options declared once: name, type, default, unit, meaning. Standard library only."""

@@ -1,0 +1,228 @@
+"""
+Parse, validate and freeze options, once.
+
+Layers, the later winning: the defaults, the preset named by ``model``, a config file, flags or Python arguments. Each
+value remembers where it came from, and all problems come back in one error.
+"""
+
+import difflib
+import math
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from groundup.config.presets import PRESETS
+from groundup.errors import ConfigError
+
+Group = TypeVar("Group")
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that somebody gave, and where."""
+
+    value: object
+    origin: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Frozen option groups, and where each value came from (a flag, a file, a preset, or the default)."""
+
+    groups: Mapping[type, Any]
+    origins: Mapping[str, str]
+
+    def __getitem__(self, group: type[Group]) -> Group:
+        """The frozen options of one group."""
+        found: Group = self.groups[group]
+        return found
+
+    def flat(self) -> dict[str, Any]:
+        """All options by name, in the order of their declaration."""
+        return {f.name: getattr(group, f.name) for group in self.groups.values() for f in fields(group)}
+
+
+def resolve(groups: tuple[type, ...], given: Mapping[str, Given]) -> Settings:
+    """
+    Merge what was given over presets and defaults, check every value, and freeze.
+
+    Args:
+        groups: the option groups of a command, from ``groundup.config.options``.
+        given: option name to value and origin; the caller has merged a file under the flags.
+
+    Raises:
+        ConfigError: one line for each unknown name, wrong type or value out of range.
+    """
+    declared = {f.name: (group, f) for group in groups for f in fields(group)}
+    hints = {name: get_type_hints(group)[name] for name, (group, _) in declared.items()}
+    problems = [_unknown(name, item, list(declared)) for name, item in given.items() if name not in declared]
+    layered = _with_preset(given, declared) | {k: v for k, v in given.items() if k in declared}
+
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, (_, declaration) in declared.items():
+        if name not in layered:
+            values[name], origins[name] = declaration.default, "default"
+            continue
+        item = layered[name]
+        try:
+            values[name] = _checked(declaration, _converted(item.value, hints[name]))
+            origins[name] = item.origin
+        except ValueError as error:
+            values[name] = declaration.default
+            problems.append(f"{name}: {item.value!r} (from {item.origin}) {error}")
+
+    if not problems:
+        problems = contradictions(values, origins)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    frozen = {group: group(**{f.name: values[f.name] for f in fields(group)}) for group in groups}
+    return Settings(frozen, origins)
+
+
+def read_config_file(path: Path) -> dict[str, Given]:
+    """Read options from a TOML file: flat keys, or grouped in tables whose names do not matter."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path}: not found; give the path of a TOML file to --config") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"config file {path}: cannot be read as TOML: {error}") from None
+    found: dict[str, Given] = {}
+    for key, value in document.items():
+        inner = value if isinstance(value, dict) else {key: value}
+        found |= {name.replace("-", "_"): Given(item, str(path)) for name, item in inner.items()}
+    return found
+
+
+def contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
+    """Rules across options. Returns one line per broken rule."""
+
+    def both_given(*names: str) -> bool:
+        return all(name in values and origins[name] != "default" for name in names)
+
+    problems = []
+    if "n_embd" in values and values["n_embd"] % values["n_head"]:
+        width, heads = values["n_embd"], values["n_head"]
+        nearest = max(1, round(width / heads)) * heads
+        problems.append(
+            f"n_embd: {width} (from {origins['n_embd']}) is not divisible by n_head {heads} "
+            f"(from {origins['n_head']}); the nearest width that is: {nearest}"
+        )
+    if values.get("gradient_accumulation_steps") and both_given("total_batch_tokens", "gradient_accumulation_steps"):
+        origin = origins["total_batch_tokens"]
+        if not origin.startswith("preset"):
+            problems.append(
+                f"total_batch_tokens: {values['total_batch_tokens']} (from {origin}) and gradient_accumulation_steps "
+                f"{values['gradient_accumulation_steps']} both set the global batch; give one of them"
+            )
+    if "total_batch_tokens" in values and not values["gradient_accumulation_steps"]:
+        total, window = values["total_batch_tokens"], values["n_positions"]
+        if total < window:
+            problems.append(
+                f"total_batch_tokens: {total} (from {origins['total_batch_tokens']}) is less than one window of "
+                f"n_positions {window} (from {origins['n_positions']}); give at least {window}"
+            )
+    return problems
+
+
+def unknown_option_hint(name: str, known: list[str]) -> str:
+    """The nearest known names, as a hint; empty when none is near."""
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _unknown(name: str, item: Given, known: list[str]) -> str:
+    return f"{name}: no such option (from {item.origin}){unknown_option_hint(name, known) or '; see --help'}"
+
+
+def _with_preset(given: Mapping[str, Given], declared: Mapping[str, Any]) -> dict[str, Given]:
+    """The preset's values for the options of this command, if the command has a ``model`` option."""
+    if "model" not in declared:
+        return {}
+    name = str(given["model"].value) if "model" in given else str(declared["model"][1].default)
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        origin = given["model"].origin if "model" in given else "default"
+        raise ConfigError(f"model: {name!r} (from {origin}) is not a preset{hint} Presets: {', '.join(PRESETS)}")
+    return {key: Given(value, f"preset {name}") for key, value in PRESETS[name].items() if key in declared}
+
+
+def _converted(value: object, hint: Any) -> Any:
+    """Turn text, TOML or Python values into the declared type."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(arm for arm in get_args(hint) if arm is not type(None))
+    if hint is bool:
+        return _boolean(value)
+    if hint is int:
+        return _integer(value)
+    if hint is float:
+        return _number(value)
+    if hint is str:
+        if not isinstance(value, str | Path):
+            raise ValueError("is not text")
+        return str(value)
+    items = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else None
+    if items is None or not all(isinstance(item, str | Path) for item in items):
+        raise ValueError("is not text or a list of texts")
+    return tuple(str(item) for item in items)
+
+
+def _boolean(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ValueError("is not true or false")
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, str):
+        text = value.replace("_", "").replace(",", "").strip()
+        base, power, exponent = text.replace("**", "^").partition("^")
+        try:
+            if power and 0 <= int(exponent) <= 64:
+                return int(base) ** int(exponent)
+            value = int(text) if text.lstrip("+-").isdigit() else float(text)
+        except ValueError:
+            raise ValueError("is not a whole number (524288, 524_288 and 2^19 are)") from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
+        raise ValueError("is not a whole number (524288, 524_288 and 2^19 are)")
+    return int(value)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError("is not a number") from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("is not a finite number")
+    return float(value)
+
+
+def _checked(declaration: Field[Any], value: Any) -> Any:
+    """Hold a value against the bounds and choices of its declaration."""
+    rules = declaration.metadata
+    if rules["choices"] and value not in rules["choices"]:
+        near = difflib.get_close_matches(str(value), rules["choices"], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"is not one of {', '.join(rules['choices'])}{hint}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        unit = f" {rules['unit']}" if rules["unit"] else ""
+        for words, bound, holds in (
+            ("at least", rules["at_least"], lambda bound: value >= bound),
+            ("above", rules["above"], lambda bound: value > bound),
+            ("at most", rules["at_most"], lambda bound: value <= bound),
+            ("below", rules["below"], lambda bound: value < bound),
+        ):
+            if bound is not None and not holds(bound):
+                raise ValueError(f"must be {words} {bound:g}{unit}")
+    return value

@@ -1,0 +1,125 @@
+"""Shards and order to batches: windows of a token stream, read ahead of the device."""
+
+import hashlib
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from groundup.data.order import window_ids
+from groundup.data.shards import TokenStream
+
+READ_AHEAD_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows and their targets: ``labels[b, t]`` is the token after ``input_ids[b, t]``; both (B, T) int64."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+    def rows(self, first: int, count: int) -> "Batch":
+        """Some of the windows, (count, T)."""
+        return Batch(self.input_ids[first : first + count], self.labels[first : first + count])
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a stream: window i is tokens [i · stride, i · stride + length], target included."""
+
+    stream: TokenStream
+    length: int
+    stride: int
+
+    def __len__(self) -> int:
+        return max(0, (len(self.stream) - self.length - 1) // self.stride + 1)
+
+    def tokens(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The tokens of some windows with their last target, (len(ids), length + 1) int64."""
+        out = np.empty((len(ids), self.length + 1), dtype=np.int64)
+        for row, index in enumerate(ids):
+            out[row] = self.stream.read(int(index) * self.stride, self.length + 1)
+        return out
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The windows of one optimizer step, and a digest of their tokens."""
+
+    batch: Batch
+    digest: str
+
+
+def global_batches(
+    windows: Windows, *, seed: int, first_sample: int, windows_per_step: int, device: torch.device
+) -> Iterator[GlobalBatch]:
+    """
+    Endless batches of a run, from any sample on; read by a thread, so that the device never waits.
+
+    Args:
+        first_sample: samples seen before; the whole state of the data order.
+    """
+    ahead: queue.Queue[GlobalBatch | BaseException] = queue.Queue(READ_AHEAD_BATCHES)
+    stopped = threading.Event()
+
+    def offer(item: GlobalBatch | BaseException) -> None:
+        while not stopped.is_set():
+            try:
+                ahead.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def read() -> None:
+        sample = first_sample
+        try:
+            while not stopped.is_set():
+                tokens = windows.tokens(window_ids(seed, sample, windows_per_step, len(windows)))
+                digest = hashlib.blake2b(tokens.astype("<u4").tobytes(), digest_size=16).hexdigest()
+                offer(GlobalBatch(to_batch(tokens, device), digest))
+                sample += windows_per_step
+        except BaseException as error:
+            offer(error)
+
+    reader = threading.Thread(target=read, name="groundup-batches", daemon=True)
+    reader.start()
+    try:
+        while True:
+            item = ahead.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        reader.join(timeout=10)
+
+
+def evaluation_batches(
+    windows: Windows, batch_size: int, device: torch.device, max_tokens: int = 0
+) -> Iterator[Batch]:
+    """
+    Every window once, in order; or, above ``max_tokens``, an evenly spread part of them, always the same.
+
+    Yields batches of (batch_size, T), the last one smaller.
+    """
+    count = len(windows)
+    if max_tokens:
+        count = min(count, max(1, max_tokens // windows.length))
+    ids = np.arange(count, dtype=np.int64) * len(windows) // count
+    for start in range(0, count, batch_size):
+        yield to_batch(windows.tokens(ids[start : start + batch_size]), device)
+
+
+def to_batch(tokens: npt.NDArray[np.int64], device: torch.device) -> Batch:
+    """Tokens (B, T + 1) to inputs and shifted targets on the device; pinned and copied asynchronously for CUDA."""
+    whole = torch.from_numpy(tokens)
+    if device.type == "cuda":
+        whole = whole.pin_memory().to(device, non_blocking=True)
+    elif device.type != "cpu":
+        whole = whole.to(device)
+    return Batch(whole[:, :-1], whole[:, 1:])

@@ -1,0 +1,353 @@
+"""
+Sources to a dataset: read twice, first to see what is there, then to tokenize it, in parallel and in order.
+
+Everything is written into a hidden staging directory beside the target; one rename makes it the dataset.
+"""
+
+import hashlib
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from groundup.data.shards import MANIFEST, SPLITS, Dataset, ShardWriter, Split, dtype_for, open_dataset, write_manifest
+from groundup.data.sources import STDIN, Document, ReadOptions, SourceReport, copy_stdin, documents
+from groundup.data.split import content_hash, in_sample, is_below
+from groundup.errors import DataError
+from groundup.runtime.files import (
+    exclusive,
+    explained_os_errors,
+    remove_directory,
+    rename_durably,
+    sync_directory,
+    sync_file,
+)
+from groundup.tokenizer.pieces import PIECE_CHARACTERS, pieces
+from groundup.tokenizer.tokenizer import Tokenizer, TokenArray
+
+TASK_CHARACTERS = 2**20
+POOL_FROM_BYTES = 2**24
+"""Below 16 MiB of text, starting processes costs more than they save."""
+
+Say = Callable[[str], None]
+BuildTokenizer = Callable[[Iterable[str]], Tokenizer]
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """What the first reading saw of one source."""
+
+    source: str
+    documents: int
+    bytes: int
+    by_position: bool
+    """The source is one document, which is split by position."""
+
+
+@dataclass
+class Survey:
+    """What the first reading saw of all sources."""
+
+    sources: list[SourceFacts] = field(default_factory=list)
+    report: SourceReport = field(default_factory=SourceReport)
+    digest: str = ""
+    """Hash of every document's content, in order."""
+    lowest: bytes = b"\xff" * 16
+    """The lowest document hash: validation, where no document falls below the fraction."""
+    any_below: bool = False
+
+    @property
+    def documents(self) -> int:
+        """Documents in all sources."""
+        return sum(source.documents for source in self.sources)
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes in all sources."""
+        return sum(source.bytes for source in self.sources)
+
+
+@dataclass(frozen=True)
+class PrepareRequest:
+    """Everything that decides the bytes of a dataset."""
+
+    sources: tuple[str, ...]
+    validation_sources: tuple[str, ...]
+    validation_fraction: float
+    read: ReadOptions
+    shard_tokens: int
+    tokenizer: str
+    vocab_size: int
+    tokenizer_train_bytes: int
+
+    def description(self) -> dict[str, Any]:
+        """As JSON values; equal descriptions of unchanged sources give equal datasets."""
+        described = asdict(self)
+        del described["read"]["stdin_copy"]
+        if self.tokenizer != "bpe":
+            del described["vocab_size"], described["tokenizer_train_bytes"]
+        return described
+
+
+def survey(request: PrepareRequest) -> Survey:
+    """Read every document once: count, hash, and find sources that are a single document."""
+    found = Survey(report=SourceReport())
+    corpus = hashlib.sha256()
+    for source in (*request.sources, *request.validation_sources):
+        count = size = 0
+        lowest, below = b"\xff" * 16, False
+        for document in documents(source, request.read, found.report):
+            digest, characters, length = content_hash(document.open())
+            if not characters:
+                found.report.skipped["empty"] += 1
+                continue
+            corpus.update(digest)
+            count, size = count + 1, size + length
+            lowest, below = min(lowest, digest), below or is_below(digest, request.validation_fraction)
+        corpus.update(b"end of source")
+        by_position = count == 1 and not request.validation_sources
+        found.sources.append(SourceFacts(source, count, size, by_position))
+        if not by_position:
+            found.lowest, found.any_below = min(found.lowest, lowest), found.any_below or below
+    found.digest = corpus.hexdigest()
+    if not found.documents:
+        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(found.report.skipped.items()))
+        raise DataError(
+            f"no text found in {', '.join(request.sources)} (skipped: {skipped or 'nothing, there are no files'}); "
+            "give files or folders of UTF-8 text"
+        )
+    return found
+
+
+def prepare(request: PrepareRequest, target: Path, build_tokenizer: BuildTokenizer, workers: int, say: Say) -> Dataset:
+    """
+    Make the dataset ``target`` from sources; the same bytes for any number of workers and any directory order.
+
+    Args:
+        build_tokenizer: from pieces of training text to the tokenizer (which may ignore them).
+        workers: processes that tokenize; 0 is one per core.
+        say: told, in one line each, what happens.
+
+    Raises:
+        DataError: no text, or a damaged source.
+        ConfigError: the target cannot be written, or another process is writing it.
+        ResourceError: the disk is full; nothing is left under the target's name.
+    """
+    staging = target.parent / f".{target.name}.partial"
+    with explained_os_errors(target, "prepare"):
+        staging.mkdir(parents=True, exist_ok=True)
+        lock = staging / ".lock"
+        with exclusive(lock, f"dataset {target}"):
+            try:
+                _clear(staging, keep=lock)
+                _write_dataset(request, staging, build_tokenizer, workers, say)
+                lock.unlink()
+                sync_directory(staging)
+                if target.exists():
+                    remove_directory(target)
+                rename_durably(staging, target)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+    return open_dataset(target)
+
+
+def _write_dataset(
+    request: PrepareRequest, staging: Path, build_tokenizer: BuildTokenizer, workers: int, say: Say
+) -> None:
+    stdin_copy = staging / ".stdin"
+    if STDIN in (*request.sources, *request.validation_sources):
+        copy_stdin(stdin_copy)
+        request = replace(request, read=replace(request.read, stdin_copy=stdin_copy))
+    seen = survey(request)
+    say(f"read {seen.documents:,} documents, {seen.bytes:,} bytes{_skipped(seen.report)}")
+
+    fraction = request.tokenizer_train_bytes / max(1, seen.bytes)
+    tokenizer = build_tokenizer(
+        text for split, text, _ in _split_pieces(request, seen) if split == "train" and in_sample(text, fraction)
+    )
+    tokenizer.save(staging)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        sync_file(staging / name)
+    say(
+        f"tokenizer {request.tokenizer}: {tokenizer.vocab_size:,} ids"
+        + ("" if tokenizer.runs_fast else "; its file is not plain ranked BPE, so tokenizing is ten times slower")
+    )
+
+    dtype = dtype_for(tokenizer.vocab_size)
+    writers = {split: ShardWriter(staging, split, dtype, request.shard_tokens) for split in SPLITS}
+    counts = {split: [0, 0] for split in SPLITS}
+    corpus = hashlib.sha256()
+    tasks = _tasks(_split_pieces(request, seen, corpus), counts)
+    for split, tokens in _encoded(tasks, tokenizer, workers if seen.bytes >= POOL_FROM_BYTES else 1):
+        writers[split].append(tokens)
+    if corpus.hexdigest() != seen.digest:
+        raise DataError("a source changed while it was read; run again when nothing writes to it")
+    splits = {name: Split(writer.close(), *counts[name]) for name, writer in writers.items()}
+    facts = {
+        "documents": seen.documents,
+        "bytes": seen.bytes,
+        "skipped": dict(sorted(seen.report.skipped.items())),
+        "replaced_sequences": seen.report.replaced_sequences,
+        "content_sha256": seen.digest,
+        "request": request.description(),
+    }
+    stdin_copy.unlink(missing_ok=True)
+    write_manifest(staging, tokenizer, dtype, splits, facts)
+
+
+def _skipped(report: SourceReport) -> str:
+    parts = [f"{count:,} {reason}" for reason, count in sorted(report.skipped.items())]
+    text = f"; skipped {', '.join(parts)}" if parts else ""
+    if report.replaced_sequences:
+        text += f"; replaced {report.replaced_sequences:,} invalid UTF-8 sequences by U+FFFD"
+    return text
+
+
+def _split_pieces(
+    request: PrepareRequest, seen: Survey, corpus: Any = None
+) -> Iterator[tuple[str, str, bool]]:
+    """Every piece of text with its split, and whether it ends its document, in the canonical order."""
+    fraction = request.validation_fraction
+    for facts in seen.sources:
+        validation_source = facts in seen.sources[len(request.sources) :]
+        for document in documents(facts.source, request.read, SourceReport()):
+            digest, characters, _ = content_hash(document.open())
+            if not characters:
+                continue
+            if corpus is not None:
+                corpus.update(digest)
+            if request.validation_sources:
+                yield from _whole("validation" if validation_source else "train", document)
+            elif facts.by_position:
+                yield from _by_position(document, int(characters * (1 - fraction)), characters)
+            else:
+                below = is_below(digest, fraction) if seen.any_below else fraction > 0 and digest == seen.lowest
+                yield from _whole("validation" if below else "train", document)
+        if corpus is not None:
+            corpus.update(b"end of source")
+
+
+def _whole(split: str, document: Document) -> Iterator[tuple[str, str, bool]]:
+    yield from _marked(split, pieces(document.open()))
+
+
+def _by_position(document: Document, boundary: int, characters: int) -> Iterator[tuple[str, str, bool]]:
+    """The first ``boundary`` characters for training, the rest for validation; each part ends as a document."""
+
+    def part(start: int, end: int) -> Iterator[str]:
+        place = 0
+        for chunk in document.open():
+            yield chunk[max(0, start - place) : max(0, end - place)]
+            place += len(chunk)
+
+    yield from _marked("train", pieces(part(0, boundary)))
+    yield from _marked("validation", pieces(part(boundary, characters)))
+
+
+def _marked(split: str, texts: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """Mark the last piece of a document."""
+    before: str | None = None
+    for text in texts:
+        if before is not None:
+            yield split, before, False
+        before = text
+    if before is not None:
+        yield split, before, True
+
+
+@dataclass(frozen=True)
+class Task:
+    """Consecutive pieces of one split, about ``TASK_CHARACTERS`` in all."""
+
+    split: str
+    parts: tuple[tuple[str, bool], ...]
+
+
+def _tasks(marked: Iterable[tuple[str, str, bool]], counts: dict[str, list[int]]) -> Iterator[Task]:
+    waiting: dict[str, list[tuple[str, bool]]] = {split: [] for split in SPLITS}
+    sizes = dict.fromkeys(SPLITS, 0)
+    for split, text, ends in marked:
+        counts[split][0] += ends
+        counts[split][1] += len(text.encode())
+        waiting[split].append((text, ends))
+        sizes[split] += len(text)
+        if sizes[split] >= TASK_CHARACTERS:
+            yield Task(split, tuple(waiting[split]))
+            waiting[split], sizes[split] = [], 0
+    for split, parts in waiting.items():
+        if parts:
+            yield Task(split, tuple(parts))
+
+
+def _encode_task(tokenizer: Tokenizer, task: Task) -> TokenArray:
+    end = np.array([tokenizer.end_of_text_id], dtype=np.uint32)
+    arrays = []
+    for text, ends in task.parts:
+        arrays.append(tokenizer.encode(text))
+        if ends:
+            arrays.append(end)
+    return np.concatenate(arrays)
+
+
+_worker_tokenizer: Tokenizer
+
+
+def _start_worker(tokenizer_json: str, end_of_text: str) -> None:
+    import signal
+
+    global _worker_tokenizer
+    # Ctrl-C reaches the whole process group; the parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker_tokenizer = Tokenizer(tokenizer_json, end_of_text)
+
+
+def _encode_in_worker(task: Task) -> TokenArray:
+    return _encode_task(_worker_tokenizer, task)
+
+
+def _encoded(tasks: Iterable[Task], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[str, TokenArray]]:
+    """Encode tasks in order, at most two waiting per worker, so that memory stays bounded."""
+    workers = workers or os.cpu_count() or 1
+    if workers == 1:
+        for task in tasks:
+            yield task.split, _encode_task(tokenizer, task)
+        return
+    waiting: deque[tuple[str, Future[TokenArray]]] = deque()
+    # spawn: a forked child of a process that runs threads can hang.
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), _start_worker, (tokenizer.json, tokenizer.end_of_text)
+    ) as pool:
+        try:
+            for task in tasks:
+                waiting.append((task.split, pool.submit(_encode_in_worker, task)))
+                if len(waiting) > 2 * workers:
+                    split, future = waiting.popleft()
+                    yield split, future.result()
+            while waiting:
+                split, future = waiting.popleft()
+                yield split, future.result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a tokenizing process died (killed, or out of memory); run again with --workers 1. In a script, put the "
+                'call under `if __name__ == "__main__":`'
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _clear(staging: Path, keep: Path) -> None:
+    """Remove what a killed run left."""
+    for path in staging.iterdir():
+        if path != keep:
+            path.unlink()
+
+

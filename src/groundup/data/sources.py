@@ -1,0 +1,343 @@
+"""
+Sources to documents: files, folders, tables, compressed files, standard input, and Python's standard library.
+
+Memory stays bounded: a document is opened, not held, and read in chunks.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import os
+import stat
+import sys
+import sysconfig
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from groundup.errors import DataError
+
+PYTHON_STDLIB = "python-stdlib"
+STDIN = "-"
+CHUNK_BYTES = 2**20
+SNIFF_BYTES = 2**13
+TABLES = (".jsonl", ".csv", ".parquet")
+STDLIB_TEST_FOLDERS = ("test", "tests", "idle_test", "site-packages", "dist-packages")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with a name. ``open`` reads it from the start, in chunks; it can be called again."""
+
+    name: str
+    open: Callable[[], Iterator[str]]
+
+
+@dataclass
+class SourceReport:
+    """What reading saw: what was skipped and why, and how many invalid UTF-8 sequences were replaced."""
+
+    skipped: Counter[str] = field(default_factory=Counter)
+    replaced_sequences: int = 0
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How to read sources."""
+
+    text_column: str = "text"
+    encoding_errors: str = "replace"
+    stdin_copy: Path | None = None
+    """Where standard input was copied, so that it can be read twice."""
+
+
+def documents(source: str, options: ReadOptions, report: SourceReport) -> Iterator[Document]:
+    """
+    The documents of one source, in an order that does not depend on the file system.
+
+    Raises:
+        DataError: the source is missing, or a file in it is damaged.
+    """
+    if source == STDIN:
+        if options.stdin_copy is None:
+            raise DataError("source -: standard input is not available here; give a file or a folder")
+        yield from _file_documents(options.stdin_copy, STDIN, options, report, explicit=True)
+        return
+    if source == PYTHON_STDLIB:
+        root = Path(sysconfig.get_path("stdlib"))
+        for path in _walk_stdlib(root):
+            yield from _file_documents(path, str(path.relative_to(root)), options, report, explicit=False)
+        return
+    path = Path(source)
+    if path.is_dir():
+        for file in _walk_folder(path, report):
+            yield from _file_documents(file, str(file.relative_to(path)), options, report, explicit=False)
+    elif path.exists():
+        yield from _file_documents(path, path.name, options, report, explicit=True)
+    else:
+        raise DataError(f"source {source}: not found; give a file, a folder, - for standard input, or {PYTHON_STDLIB}")
+
+
+def copy_stdin(target: Path) -> None:
+    """Copy standard input to a file, because preparing reads its sources twice."""
+    with target.open("wb") as file:
+        while block := sys.stdin.buffer.read(CHUNK_BYTES):
+            file.write(block)
+
+
+def _walk_stdlib(root: Path) -> Iterator[Path]:
+    for folder, names, files in os.walk(root):
+        names[:] = sorted(n for n in names if n not in STDLIB_TEST_FOLDERS and not n.startswith(("config-", "__")))
+        yield from (Path(folder, name) for name in sorted(files) if name.endswith(".py"))
+
+
+def _walk_folder(root: Path, report: SourceReport) -> Iterator[Path]:
+    """Files below a folder, sorted by name; hidden and git-ignored ones are skipped, each file is visited once."""
+    import pathspec
+
+    seen: set[tuple[int, int]] = set()
+
+    def walk(folder: Path, ignores: tuple[tuple[Path, Any], ...]) -> Iterator[Path]:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
+        except PermissionError:
+            report.skipped["unreadable"] += 1
+            return
+        rules = folder / ".gitignore"
+        if rules.is_file():
+            lines = rules.read_text(encoding="utf-8", errors="replace").splitlines()
+            ignores = (*ignores, (folder, pathspec.GitIgnoreSpec.from_lines(lines)))
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.name.startswith("."):
+                report.skipped["hidden"] += 1
+            elif _is_ignored(path, entry.is_dir(), ignores):
+                report.skipped["git-ignored"] += 1
+            elif entry.is_dir(follow_symlinks=False):
+                yield from walk(path, ignores)
+            elif not entry.is_file():
+                # A link to a folder can loop, a pipe can block: neither is followed.
+                report.skipped["not a regular file"] += 1
+            else:
+                status = entry.stat()
+                if (status.st_dev, status.st_ino) in seen:
+                    report.skipped["seen already (link)"] += 1
+                    continue
+                if status.st_nlink > 1 or entry.is_symlink():
+                    seen.add((status.st_dev, status.st_ino))
+                yield path
+
+    yield from walk(root, ())
+
+
+def _is_ignored(path: Path, is_folder: bool, ignores: tuple[tuple[Path, Any], ...]) -> bool:
+    """Apply .gitignore files from the outermost to the innermost; the last rule that matches decides, as in git."""
+    decision = False
+    for base, spec in ignores:
+        name = path.relative_to(base).as_posix() + ("/" if is_folder else "")
+        matched = spec.check_file(name).include
+        if matched is not None:
+            decision = bool(matched)
+    return decision
+
+
+def _file_documents(
+    path: Path, name: str, options: ReadOptions, report: SourceReport, *, explicit: bool
+) -> Iterator[Document]:
+    """The documents of one file: each row of a table, or the whole of any other text."""
+    label = str(path) if name != STDIN else STDIN
+    name = os.fsencode(name).decode("utf-8", errors="backslashreplace")
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"source {label}: is not a regular file; use - to read from a pipe")
+        kind = path.name.removesuffix(".gz").removesuffix(".zst").lower()
+        if kind.endswith(TABLES):
+            yield from _table_documents(path, name, kind, options, report)
+            return
+        with _opened(path) as file:
+            head = file.read(SNIFF_BYTES)
+    except PermissionError:
+        if explicit:
+            raise DataError(f"source {label}: permission denied; make it readable") from None
+        report.skipped["unreadable"] += 1
+        return
+    reason = _not_text(head)
+    if reason and explicit:
+        raise DataError(f"source {label}: is {reason}, not UTF-8 text; convert it first")
+    if reason:
+        report.skipped[reason] += 1
+    elif not head:
+        report.skipped["empty"] += 1
+    else:
+        counted = False
+
+        def read() -> Iterator[str]:
+            # Documents are read twice; what was replaced is counted once.
+            nonlocal counted
+            counts = SourceReport() if counted else report
+            yield from _decoded(path, label, options.encoding_errors, counts)
+            counted = True
+
+        yield Document(name, read)
+
+
+def _not_text(head: bytes) -> str:
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    # git's rule: https://git-scm.com/docs/gitattributes, "binary" is what has a NUL near its start.
+    return "binary" if b"\0" in head else ""
+
+
+def _decoded(path: Path, label: str, errors: str, report: SourceReport) -> Iterator[str]:
+    """Decode a file in chunks; invalid sequences become U+FFFD and are counted, or stop with their place."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors=errors)
+    tail, offset = b"", 0
+    with _opened(path) as file:
+        while True:
+            block = file.read(CHUNK_BYTES)
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                place = offset - (len(error.object) - len(block)) + error.start
+                raise DataError(
+                    f"source {label}: byte {place} is not UTF-8 ({error.reason}); repair the file, or let "
+                    "--encoding-errors replace count and replace it"
+                ) from None
+            if errors == "replace":
+                # U+FFFD that stood in the file already is not a replacement.
+                report.replaced_sequences += text.count("\ufffd") - (tail + block).count(b"\xef\xbf\xbd")
+                tail = (tail + block)[-2:]
+            offset += len(block)
+            if text:
+                yield text
+            if not block:
+                return
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading, decompressing .gz and .zst; damage becomes an error that names the file."""
+    import zstandard
+
+    suffix = path.suffix.lower()
+    try:
+        with path.open("rb") as raw:
+            if suffix == ".gz":
+                with gzip.GzipFile(fileobj=raw) as unzipped:
+                    yield unzipped  # type: ignore[misc]
+            elif suffix == ".zst":
+                yield io.BufferedReader(_ZstdFrames(raw))
+            else:
+                yield raw
+    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(f"source {path}: damaged or truncated {suffix} file ({error}); fetch or compress it again") from None
+
+
+class _ZstdFrames(io.RawIOBase):
+    """Frames of a .zst file; unlike zstandard's own reader it fails when the file ends inside a frame."""
+
+    def __init__(self, raw: IO[bytes]):
+        import zstandard
+
+        self._raw = raw
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._pending = b""
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, target: Any) -> int:
+        """Fill ``target`` with decompressed bytes; 0 only at the end of a whole frame."""
+        while not self._pending:
+            between_frames = self._frame is None or self._frame.eof
+            block = (self._frame.unused_data if self._frame and between_frames else b"") or self._raw.read(2**16)
+            if not block and between_frames:
+                return 0
+            if not block:
+                raise EOFError("the file ends inside a frame")
+            if between_frames:
+                self._frame = self._new_frame()
+            self._pending = self._frame.decompress(block)
+        count = min(len(target), len(self._pending))
+        target[:count], self._pending = self._pending[:count], self._pending[count:]
+        return count
+
+
+def _table_documents(
+    path: Path, name: str, kind: str, options: ReadOptions, report: SourceReport
+) -> Iterator[Document]:
+    rows = _parquet_rows if kind.endswith(".parquet") else _csv_rows if kind.endswith(".csv") else _jsonl_rows
+    for number, text in rows(path, options):
+        if text:
+            yield Document(f"{name}:{number}", lambda text=text: iter((text,)))  # type: ignore[misc]
+        else:
+            report.skipped["empty"] += 1
+
+
+def _jsonl_rows(path: Path, options: ReadOptions) -> Iterator[tuple[int, str]]:
+    with _opened(path) as file:
+        for number, line in enumerate(io.TextIOWrapper(file, "utf-8", errors=options.encoding_errors, newline="\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"source {path}, line {number}: is not JSON ({error}); each line is one object") from None
+            if not isinstance(row, dict):
+                raise DataError(f"source {path}, line {number}: is not a JSON object; each line is one object")
+            yield number, _column(row, path, number, options.text_column)
+
+
+def _csv_rows(path: Path, options: ReadOptions) -> Iterator[tuple[int, str]]:
+    csv.field_size_limit(2**31 - 1)
+    with _opened(path) as file:
+        reader = csv.DictReader(io.TextIOWrapper(file, "utf-8", errors=options.encoding_errors, newline=""))
+        try:
+            for row in reader:
+                yield reader.line_num, _column(row, path, reader.line_num, options.text_column)
+        except csv.Error as error:
+            raise DataError(f"source {path}, line {reader.line_num}: is not CSV ({error})") from None
+
+
+def _parquet_rows(path: Path, options: ReadOptions) -> Iterator[tuple[int, str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    column = options.text_column
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if column not in names:
+                raise _no_column(path, 0, column, names)
+            number = 0
+            for batch in file.iter_batches(batch_size=256, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield number, _column({column: value}, path, number, column)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"source {path}: cannot be read as parquet ({error})") from None
+
+
+def _column(row: dict[str, Any], path: Path, number: int, column: str) -> str:
+    if column not in row:
+        raise _no_column(path, number, column, [str(key) for key in row])
+    value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"source {path}, row {number}: column {column!r} holds {type(value).__name__}, not text")
+    # JSON can spell lone surrogates, which no UTF-8 text holds.
+    return value.encode("utf-8", errors="replace").decode() if any("\ud800" <= c <= "\udfff" for c in value) else value
+
+
+def _no_column(path: Path, number: int, column: str, names: list[str]) -> DataError:
+    place = f", row {number}" if number else ""
+    return DataError(f"source {path}{place}: has no column {column!r}; --text-column takes one of: {', '.join(names)}")

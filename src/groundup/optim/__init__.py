@@ -1,0 +1,1 @@
+"""Decay groups and learning-rate schedules."""

@@ -1,0 +1,1 @@
+"""The machine we are on: device, precision, random streams, files that are whole or absent."""

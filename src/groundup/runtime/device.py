@@ -1,0 +1,102 @@
+"""The device, the precision that suits it, and its peak speed. Imported late, because it imports torch."""
+
+import statistics
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from groundup.errors import ConfigError
+
+# Dense bf16 peaks in TFLOP/s from the makers' data sheets (without sparsity), by a part of the device's name.
+# Order matters: the first match wins.
+DATA_SHEET_BF16_TFLOPS = {
+    "B200": 2250.0, "GH200": 989.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "H800": 989.0,
+    "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0, "A40": 149.7, "A10G": 70.0, "A10": 125.0,
+    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71.2, "RTX 3080": 59.5,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a run computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """What matrix products are computed in: bfloat16 under autocast, or float32."""
+    name: str
+    reason: str
+    """Why this device and precision, for people."""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision, as a context for forward passes."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def choose_machine(device: str, bf16: bool | None) -> Machine:
+    """
+    Pick a device (``auto``: cuda, then mps, then cpu) and a precision (None: bf16 where the hardware multiplies it).
+
+    Raises:
+        ConfigError: the device that was asked for is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device != "auto" and not available[device]:
+        there = ", ".join(name for name, is_there in available.items() if is_there)
+        raise ConfigError(
+            f"device: {device!r} is not available to torch {torch.__version__}; available: {there}. "
+            "Leave --device out to take the best one"
+        )
+    kind = next(name for name, is_there in available.items() if is_there) if device == "auto" else device
+    has_bf16 = _multiplies_bf16(kind)
+    use_bf16 = has_bf16 if bf16 is None else bf16
+    precision = "bf16 autocast" if use_bf16 else "float32"
+    why = "as asked" if bf16 is not None else "the hardware has bf16" if has_bf16 else "no fast bf16 here"
+    name = torch.cuda.get_device_name() if kind == "cuda" else f"{torch.get_num_threads()} threads" if kind == "cpu" else kind
+    reason = f"{kind} ({name}), {precision} ({why})"
+    return Machine(torch.device(kind), torch.bfloat16 if use_bf16 else torch.float32, name, reason)
+
+
+def _multiplies_bf16(kind: str) -> bool:
+    if kind == "cuda":
+        # Below 8.0 (Ampere) bf16 is emulated and slower than float32.
+        return torch.cuda.get_device_capability() >= (8, 0)
+    if kind == "cpu":
+        return bool(torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it, so that a clock measures it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_flops(machine: Machine, given_tflops: float = 0.0) -> tuple[float, str]:
+    """
+    Peak FLOP/s of matrix products on this machine, and where the figure is from.
+
+    A figure that the user gives wins, then the data sheet's for bf16 on known GPUs, then a measurement of under a
+    second: the median rate of a 2048 × 2048 product.
+    """
+    if given_tflops:
+        return given_tflops * 1e12, "given"
+    if machine.device.type == "cuda" and machine.dtype == torch.bfloat16:
+        for part, tflops in DATA_SHEET_BF16_TFLOPS.items():
+            if part in machine.name:
+                return tflops * 1e12, "data sheet"
+    size = 2048
+    left = torch.ones(size, size, device=machine.device, dtype=machine.dtype)
+    seconds = []
+    for _ in range(6):
+        synchronize(machine.device)
+        started = time.perf_counter()
+        torch.mm(left, left)
+        synchronize(machine.device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds[1:]), "measured"

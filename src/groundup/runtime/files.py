@@ -1,0 +1,131 @@
+"""Files that are whole or absent: staged, fsynced, hashed, renamed; and the lock that keeps two writers apart."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from groundup.errors import ConfigError, ResourceError
+
+HASH_BLOCK_BYTES = 2**20
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and force it to the disk. The name is final at once: use it inside a staging directory."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Replace a file so that readers, and a crash, see the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write_durably(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's content to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Force a directory's names to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Give a staged directory its final name: the commit point."""
+    os.rename(source, target)
+    sync_directory(target.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory so that its name never stands for a part of it: rename it aside, then delete."""
+    trash = path.with_name(f".trash-{path.name}")
+    if trash.exists():
+        shutil.rmtree(trash)
+    os.rename(path, trash)
+    shutil.rmtree(trash)
+
+
+@contextmanager
+def explained_os_errors(path: Path, what: str) -> Iterator[None]:
+    """
+    Turn the operating system's refusals while writing into our errors.
+
+    Raises:
+        ResourceError: the disk is full.
+        ConfigError: the place cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(existing_parent(path)).free
+            raise ResourceError(
+                f"{what}: no space left at {path} ({free / 2**20:,.0f} MiB free); nothing was lost, free some space "
+                "or choose another --output-dir, and run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+            raise ConfigError(
+                f"{what}: cannot write {error.filename or path} ({error.strerror}); choose a folder that you may write "
+                "with --output-dir"
+            ) from error
+        raise
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest directory above a path that exists."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+@contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """
+    Hold a lock file; the kernel releases it when the process dies, however it dies.
+
+    Raises:
+        ConfigError: another process holds it; the message names that process.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(handle, 200).decode(errors="replace").strip()
+            raise ConfigError(
+                f"{what}: in use by another process ({owner or 'unknown'}); wait for it, stop it, or choose another "
+                "--output-dir"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"pid {os.getpid()} on {os.uname().nodename}\n".encode())
+        yield
+    finally:
+        os.close(handle)
