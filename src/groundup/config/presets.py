@@ -18,3 +18,6 @@ PRESETS: dict[str, dict[str, int | float]] = {
     "gpt2-nano": {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128,
                   "total_batch_tokens": 2**11, "learning_rate": 3e-3},
 }  # fmt: skip
+
+PRESET_OPTIONS = frozenset(name for values in PRESETS.values() for name in values)
+"""Options whose default is the preset's."""

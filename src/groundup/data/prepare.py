@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from groundup.data.shards import MANIFEST, SPLITS, Dataset, ShardWriter, Split, dtype_for, open_dataset, write_manifest
+from groundup.data.shards import SPLITS, Dataset, ShardWriter, Split, dtype_for, open_dataset, write_manifest
 from groundup.data.sources import STDIN, Document, ReadOptions, SourceReport, copy_stdin, documents
 from groundup.data.split import content_hash, in_sample, is_below
 from groundup.errors import DataError
@@ -30,7 +30,7 @@ from groundup.runtime.files import (
     sync_directory,
     sync_file,
 )
-from groundup.tokenizer.pieces import PIECE_CHARACTERS, pieces
+from groundup.tokenizer.pieces import pieces
 from groundup.tokenizer.tokenizer import Tokenizer, TokenArray
 
 TASK_CHARACTERS = 2**20
@@ -349,5 +349,3 @@ def _clear(staging: Path, keep: Path) -> None:
     for path in staging.iterdir():
         if path != keep:
             path.unlink()
-
-

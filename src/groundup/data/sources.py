@@ -175,16 +175,7 @@ def _file_documents(
     elif not head:
         report.skipped["empty"] += 1
     else:
-        counted = False
-
-        def read() -> Iterator[str]:
-            # Documents are read twice; what was replaced is counted once.
-            nonlocal counted
-            counts = SourceReport() if counted else report
-            yield from _decoded(path, label, options.encoding_errors, counts)
-            counted = True
-
-        yield Document(name, read)
+        yield Document(name, lambda: _decoded(path, label, options.encoding_errors, report))
 
 
 def _not_text(head: bytes) -> str:

@@ -1,0 +1,161 @@
+"""
+The commit protocol. A directory named checkpoint-N is whole, verified and durable; anything else has another name.
+
+Order: stage, fsync every file, hash it, write the manifest, fsync the directory, rename, fsync the parent; prune last.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from groundup.errors import CheckpointError
+from groundup.runtime.files import (
+    explained_os_errors,
+    remove_directory,
+    rename_durably,
+    sha256_of_file,
+    sync_directory,
+    sync_file,
+    write_durably,
+)
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "groundup-checkpoint", 1
+NAME = re.compile(r"checkpoint-(\d+)")
+
+Say = Callable[[str], None]
+
+
+def commit(run: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """
+    Make RUN/checkpoint-``step`` from the files that ``write`` puts into the directory it is given.
+
+    Raises:
+        ResourceError: the disk is full; nothing of the checkpoint is left, older ones are untouched.
+    """
+    target = run / f"checkpoint-{step}"
+    staging = run / f".checkpoint-{step}.partial"
+    with explained_os_errors(run, f"checkpoint {step}"):
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            write(staging)
+            files = {}
+            for path in sorted(staging.iterdir()):
+                sync_file(path)
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+            write_durably(staging / MANIFEST, _manifest_bytes(step, files))
+            sync_directory(staging)
+            if target.exists():
+                remove_directory(target)
+            rename_durably(staging, target)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    return target
+
+
+def verify(checkpoint: Path) -> None:
+    """
+    Read every file of a checkpoint and hold it against the manifest.
+
+    Raises:
+        CheckpointError: names the file, what was found and what was expected.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        content = path.read_bytes()
+        manifest: dict[str, Any] = json.loads(content)
+        files = manifest["files"]
+        if manifest["format"] == FORMAT and manifest["version"] != VERSION:
+            raise CheckpointError(
+                f"checkpoint {checkpoint}: format version {manifest['version']}, this groundup reads {VERSION}"
+            )
+        whole = content == _manifest_bytes(manifest["step"], files)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {checkpoint}: has no {MANIFEST}, so it is not whole") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path}: damaged ({type(error).__name__})") from None
+    if not whole:
+        raise CheckpointError(f"checkpoint {path}: damaged: its content does not match its own sha256")
+    for name, facts in files.items():
+        file = checkpoint / name
+        if "/" in name or file.is_symlink() or not file.is_file():
+            raise CheckpointError(f"checkpoint {file}: missing, though {MANIFEST} lists it")
+        if file.stat().st_size != facts["bytes"]:
+            raise CheckpointError(
+                f"checkpoint {file}: {file.stat().st_size:,} bytes long, {MANIFEST} says {facts['bytes']:,}"
+            )
+        if (found := sha256_of_file(file)) != facts["sha256"]:
+            raise CheckpointError(
+                f"checkpoint {file}: damaged: its sha256 is {found[:12]}…, {MANIFEST} says {facts['sha256'][:12]}…"
+            )
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run by step, the newest last; only those with a final name."""
+    if not run.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in run.iterdir() if (match := NAME.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name gives."""
+    match = NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else 0
+
+
+def newest_good(run: Path, say: Say) -> Path | None:
+    """
+    The newest checkpoint that verifies; damaged ones are set aside, loudly. None where the run never saved one.
+
+    Raises:
+        CheckpointError: there were checkpoints, and none is good. Starting over is never silent.
+    """
+    for path in reversed(checkpoints(run)):
+        try:
+            verify(path)
+            return path
+        except CheckpointError as error:
+            aside = _aside(path)
+            path.rename(aside)
+            say(f"WARNING: {error}; set aside as {aside.name}, trying an older one")
+    damaged = sorted(path.name for path in run.glob("checkpoint-*.corrupt-*"))
+    if damaged:
+        raise CheckpointError(
+            f"run {run}: no good checkpoint is left (damaged: {', '.join(damaged)}); restore one from a copy, or delete "
+            "these folders to start over from step 0"
+        )
+    return None
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints; 0 keeps all. Leftovers of killed runs go too."""
+    for path in checkpoints(run)[: -keep or None] if keep else []:
+        remove_directory(path)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what killed runs left half-written or half-deleted; the caller holds the run's lock."""
+    for pattern in (".checkpoint-*.partial", ".trash-checkpoint-*"):
+        for path in run.glob(pattern):
+            shutil.rmtree(path)
+
+
+def _aside(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
+        number += 1
+    return aside
+
+
+def _manifest_bytes(step: int, files: dict[str, Any]) -> bytes:
+    """The manifest, its own hash included, in the only spelling that verifies."""
+    body = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+    digest = sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=2, sort_keys=True).encode()

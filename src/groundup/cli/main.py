@@ -1,0 +1,242 @@
+"""
+The command line: verbs to recipes. Flags are generated from the declared options; recipes are imported when called.
+
+Progress and errors go to standard error; standard output holds the result, with ``--json`` one object and nothing else.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import click
+
+from groundup import __version__
+from groundup.config.load import Given, Settings, read_config_file, resolve
+from groundup.config.options import EVALUATE_GROUPS, GENERATE_GROUPS, PREPARE_GROUPS, TRAIN_GROUPS
+from groundup.config.presets import PRESET_OPTIONS
+from groundup.errors import ConfigError, GroundupError
+
+Run = Callable[[dict[str, Any], Settings], tuple[dict[str, Any], str]]
+
+EXIT_CODES = """\b
+Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 diverged, 6 out of disk or
+memory, 75 stopped by a signal with a checkpoint saved (the same command goes on)."""
+
+
+def main() -> None:
+    """The ``groundup`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns its exit code. Errors are one line each, a traceback only with ``--debug``."""
+    try:
+        cli.main(arguments, prog_name="groundup", standalone_mode=False)
+        return 0
+    except click.exceptions.Exit as request:
+        return request.exit_code
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _explain(error)
+    except (KeyboardInterrupt, click.Abort):
+        print("groundup: interrupted", file=sys.stderr)
+        return 130
+
+
+def _explain(error: Exception) -> int:
+    """Print an error for a person; returns the exit code."""
+    if isinstance(error, BrokenPipeError):
+        # The reader of standard output has gone (`| head`); Python must not complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if isinstance(error, GroundupError):
+        lines, code = str(error).splitlines(), error.exit_code
+    elif isinstance(error, click.Abort):
+        lines, code = ["interrupted"], 130
+    elif isinstance(error, click.ClickException):
+        command = getattr(getattr(error, "ctx", None), "command_path", "groundup")
+        lines, code = [f"{' '.join(error.format_message().split())} ({command} --help lists the options)"], 2
+    else:
+        lines, code = [f"internal error: {type(error).__name__}: {error} (run again with --debug for the traceback)"], 1
+    for line in lines:
+        print(f"groundup: {line}", file=sys.stderr)
+    return code
+
+
+class _Command(click.Command):
+    """A command whose help lists options by group."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under the title of their group."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records, col_max=34)
+
+
+class _Option(click.Option):
+    """An option that knows its section."""
+
+    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+@click.group(
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Pre-train GPT-2-style language models from the ground up: raw text or code in, a model that writes out.\n\n"
+    "First run, on a laptop:  groundup train python-stdlib --output-dir run",
+)
+@click.version_option(__version__, "--version", message="groundup %(version)s")
+def cli() -> None:
+    """Dispatch to a verb."""
+
+
+def _flag(declaration: Field[Any], hint: Any, section: str) -> click.Option:
+    """The flag of a declared option. Values stay text: ``config.load`` converts them, wherever they come from."""
+    rules, name = declaration.metadata, declaration.name.replace("_", "-")
+    default = "by the preset" if declaration.name in PRESET_OPTIONS else declaration.default
+    default = "by itself" if default is None else default
+    shown = "" if default in ((), "") else f"  [default: {default}]"
+    unit = {int: "INTEGER", float: "NUMBER"}.get(hint, "TEXT")
+    common: dict[str, Any] = {"help": rules["help"] + shown, "section": section, "default": None}
+    if hint is bool or hint == bool | None:
+        return _Option([f"--{name}/--no-{name}"], **common)
+    metavar = "|".join(rules["choices"]) if rules["choices"] and len(rules["choices"]) < 5 else rules["unit"] or unit
+    return _Option([f"--{name}"], metavar=metavar.upper().replace(" ", "-"), multiple=hint == tuple[str, ...], **common)
+
+
+def _verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.Parameter]) -> Callable[[Run], Run]:
+    """Register a recipe as a command with the options of its groups."""
+
+    def register(run: Run) -> Run:
+        def callback(config: str | None, json_output: bool, debug: bool, **given: Any) -> None:
+            own = {parameter.name: given.pop(str(parameter.name)) for parameter in arguments}
+            layers = read_config_file(Path(config)) if config else {}
+            if "sources" in layers:
+                from_file = layers.pop("sources").value
+                own["sources"] = own.get("sources") or from_file
+            layers |= {
+                key: Given(value, f"--{key.replace('_', '-')}") for key, value in given.items() if value not in (None, ())
+            }
+            result, text = run({**own, "json": json_output}, resolve(groups, layers))
+            print(json.dumps(result, ensure_ascii=False) if json_output else text, flush=True)
+
+        parameters: list[click.Parameter] = [*arguments]
+        for group in groups:
+            hints = get_type_hints(group)
+            title = (group.__doc__ or "").rstrip(".")
+            parameters += [_flag(declaration, hints[declaration.name], title) for declaration in fields(group)]
+        parameters += [
+            _Option(["--config"], metavar="FILE", help="Read options from a TOML file; flags win.", section="General"),
+            _Option(["--json", "json_output"], is_flag=True, help="Print one JSON object.", section="General"),
+            _Option(["--debug"], is_flag=True, help="Show the traceback of an error.", section="General"),
+        ]
+        settings = {
+            "help_option_names": ["-h", "--help"],
+            "max_content_width": 110,
+            "token_normalize_func": lambda token: token.replace("_", "-"),
+        }
+        cli.add_command(_Command(name, callback=callback, params=parameters, help=help, context_settings=settings))
+        return run
+
+    return register
+
+
+def _output_dir() -> click.Option:
+    return _Option(["--output-dir"], required=True, metavar="FOLDER", help="Where the result goes.", section="Options")
+
+
+_SOURCES = click.Argument(["sources"], nargs=-1, metavar="SOURCE…")
+_CHECKPOINT = click.Argument(["checkpoint"], metavar="RUN_OR_CHECKPOINT")
+
+
+@_verb(
+    "prepare",
+    "Turn text into a tokenizer and shards of tokens.\n\nA SOURCE is a file (any UTF-8 text; .jsonl, .csv and .parquet with "
+    "a text column; .gz and .zst of them), a folder, - for standard input, or python-stdlib.",
+    PREPARE_GROUPS,
+    [_SOURCES, _output_dir()],
+)
+def _prepare(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
+    from groundup.recipes.prepare import prepare_dataset, summary
+    from groundup.tracking.progress import progress
+
+    with progress() as shown:
+        dataset = prepare_dataset(own["sources"], Path(own["output_dir"]), settings, shown.say)
+    return summary(dataset), f"{dataset.directory}: ready; train on it with `groundup train {dataset.directory} --output-dir RUN`"
+
+
+@_verb(
+    "train",
+    "Train a GPT-2 on text, or on a prepared dataset.\n\nThe same command again goes on where the run stopped, bit for bit. "
+    "Ctrl-C saves first.",
+    TRAIN_GROUPS,
+    [_SOURCES, _output_dir()],
+)
+def _train(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE: {os.environ['WORLD_SIZE']} (from the environment): this version trains in one process; start it "
+            "without torchrun"
+        )
+    from groundup.recipes.train import train
+    from groundup.tracking.progress import duration, progress
+
+    output = Path(own["output_dir"])
+    with progress() as shown:
+        result = train(own["sources"], output, settings, shown)
+    loss = "" if result["eval_loss"] is None else f", validation loss {result['eval_loss']:.4f}"
+    text = f"done: {result['steps']:,} steps in {duration(result['seconds'])}{loss}\n"
+    text += f"checkpoint: {result['final_checkpoint']} (transformers opens it as it is)\n"
+    text += f"curves: {output / 'loss.png'}, {output / 'perplexity.png'}\n"
+    return result, text + f'next: groundup generate {output} --prompt "…"'
+
+
+@_verb(
+    "evaluate",
+    "Measure a model on every validation window once: loss, perplexity, bits per byte, token accuracy.",
+    EVALUATE_GROUPS,
+    [_CHECKPOINT],
+)
+def _evaluate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
+    from groundup.recipes.evaluate import evaluate
+    from groundup.tracking.progress import progress
+
+    with progress() as shown:
+        result = evaluate(Path(own["checkpoint"]), settings, shown.say)
+    return result, (
+        f"{result['checkpoint']}: loss {result['eval_loss']:.4f} | perplexity {result['perplexity']:,.2f} | "
+        f"{result['bits_per_byte']:.4f} bits per byte | token accuracy {result['token_accuracy']:.2%} | "
+        f"{result['tokens']:,} tokens"
+    )
+
+
+@_verb("generate", "Continue a prompt, streaming the text as it comes.", GENERATE_GROUPS, [_CHECKPOINT])
+def _generate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
+    from groundup.recipes.generate import generate
+    from groundup.tracking.progress import progress
+
+    def stream(text: str) -> None:
+        if not own["json"]:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    with progress() as shown:
+        result = generate(Path(own["checkpoint"]), settings, shown.say, stream)
+        shown.say(f"({sum(len(c['token_ids']) for c in result['completions'])} tokens, {result['tokens_per_second']} tok/s)")
+    return result, ""

@@ -1,0 +1,162 @@
+"""
+GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), in PyTorch.
+
+Dimensions, named once:
+    B  windows in a batch        C  width of the residual stream (n_embd)
+    T  tokens in a window        H  attention heads (n_head)
+    V  vocabulary                D  width of a head, C / H
+
+Modules have GPT-2's names (wte, wpe, h, ln_1, attn.c_attn, mlp.c_fc, ln_f), so that state dicts compare by eye.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from groundup.model.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2, under the names of Hugging Face's ``GPT2Config``."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int = 0
+    """Width inside the MLP; 0 is 4 × n_embd."""
+    resid_pdrop: float = 0.0
+    embd_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2)."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.attn_pdrop = config.attn_pdrop
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """(B, T, C) to (B, T, C); with a cache, the T tokens also attend to the cached ones before them."""
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, H, cached + T, D)
+        # A single new token sees all that is cached; several see a triangle that ends at the right.
+        mask = None
+        if cache is not None and 1 < T < k.size(2):
+            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=T == k.size(2), dropout_p=self.attn_pdrop if self.training else 0.0
+        )  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        dropped: Tensor = self.resid_dropout(self.c_proj(y))
+        return dropped
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward network with GELU (Hendrycks and Gimpel 2016) in its tanh form."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, inner)
+        self.c_proj = nn.Linear(inner, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        dropped: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return dropped
+
+
+class Block(nn.Module):
+    """A transformer block with layer norm before each part (GPT-2, section 2.3)."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = x + self.attn(self.ln_1(x), cache, layer)
+        x = x + self.mlp(self.ln_2(x))
+        return x  # noqa: RET504 - the two residual lines are the figure
+
+
+class GPT2(nn.Module):
+    """Token and position embeddings, blocks, a last layer norm; the head is the token embedding (tied)."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """
+        Hidden states (B, T, C) of token ids (B, T); multiply by ``head_weight`` for logits.
+
+        Args:
+            input_ids: int64 ids below the vocabulary; with the cached tokens at most n_positions of them.
+            cache: keys and values of the tokens before; extended by these.
+        """
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + input_ids.size(1), device=input_ids.device)
+        x = self.drop(self.wte(input_ids) + self.wpe(positions))  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.advance(input_ids.size(1))
+        normed: Tensor = self.ln_f(x)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token (…, V) from hidden states (…, C)."""
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix (V, C): the token embedding itself."""
+        return self.wte.weight
+
+
+def initialize(model: GPT2, generator: torch.Generator) -> None:
+    """
+    GPT-2's initial weights: normal matrices, zero biases, unit norms.
+
+    The layers that write into the residual stream are scaled down by the root of their number (section 2.3), and
+    positions start smaller than tokens (https://github.com/openai/gpt-2/blob/master/src/model.py, ``wpe``).
+    """
+    std = model.config.initializer_range
+    residual_std = std / math.sqrt(2 * model.config.n_layer)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif ".ln_" in name or name.startswith("ln_f"):
+                parameter.fill_(1.0)
+            elif name.endswith("c_proj.weight"):
+                parameter.normal_(0.0, residual_std, generator=generator)
+            elif name.startswith("wpe"):
+                parameter.normal_(0.0, std / 2, generator=generator)
+            else:
+                parameter.normal_(0.0, std, generator=generator)

@@ -1,0 +1,97 @@
+"""
+The commands as functions, for notebooks and scripts.
+
+Keyword arguments are the options of docs/reference/options.md; what a command prints with ``--json`` is returned.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from groundup.config.load import Given, Settings, resolve
+from groundup.config.options import EVALUATE_GROUPS, GENERATE_GROUPS, PREPARE_GROUPS, TRAIN_GROUPS
+from groundup.data.shards import Dataset
+from groundup.recipes import evaluate as evaluate_recipe
+from groundup.recipes import generate as generate_recipe
+from groundup.recipes import train as train_recipe
+from groundup.recipes.loading import Loaded, load_checkpoint
+from groundup.recipes.prepare import prepare_dataset
+from groundup.recipes.train import Training
+from groundup.tracking.progress import progress
+
+Sources = str | Path | Sequence[str | Path]
+
+
+def prepare(sources: Sources, output_dir: str | Path, **options: Any) -> Dataset:
+    """Make a dataset from text: ``groundup prepare``."""
+    with progress() as shown:
+        return prepare_dataset(_names(sources), Path(output_dir), _settings(PREPARE_GROUPS, options), shown.say)
+
+
+def train(sources: Sources, output_dir: str | Path, **options: Any) -> dict[str, Any]:
+    """
+    Train on text or a dataset, or go on where ``output_dir`` stopped: ``groundup train``.
+
+    Returns:
+        steps, final_checkpoint, best_checkpoint, eval_loss, num_input_tokens_seen, seconds.
+    """
+    settings = _settings(TRAIN_GROUPS, options)
+    with progress() as shown:
+        return train_recipe.train(_names(sources), Path(output_dir), settings, shown)
+
+
+@contextmanager
+def open_training(sources: Sources, output_dir: str | Path, **options: Any) -> Iterator[Training]:
+    """
+    A run that is set up, for a loop of your own::
+
+        with groundup.open_training("my_folder", "run", max_steps=500) as training:
+            for step in training:
+                print(step.step, step.loss)
+            print(training.evaluate())
+            training.save()
+    """
+    settings = _settings(TRAIN_GROUPS, options)
+    with (
+        progress() as shown,
+        train_recipe.open_training(_names(sources), Path(output_dir), settings, shown.say) as training,
+    ):
+        yield training
+
+
+def load(path: str | Path) -> Loaded:
+    """Model and tokenizer of a run's newest checkpoint, a checkpoint, or a Hugging Face GPT-2 folder."""
+    with progress() as shown:
+        return load_checkpoint(Path(path), shown.say)
+
+
+def evaluate(path: str | Path, **options: Any) -> dict[str, Any]:
+    """
+    Measure a run or checkpoint on every validation window once: ``groundup evaluate``.
+
+    Returns:
+        eval_loss, perplexity, bits_per_byte, token_accuracy, tokens, checkpoint.
+    """
+    with progress() as shown:
+        return evaluate_recipe.evaluate(Path(path), _settings(EVALUATE_GROUPS, options), shown.say)
+
+
+def generate(path: str | Path, **options: Any) -> dict[str, Any]:
+    """
+    Continue ``prompt`` (a text or several) with a run or checkpoint: ``groundup generate``.
+
+    Returns:
+        completions (prompt, text, token_ids, finish_reason), tokens_per_second, checkpoint.
+    """
+    with progress() as shown:
+        settings = _settings(GENERATE_GROUPS, options)
+        return generate_recipe.generate(Path(path), settings, shown.say, stream=lambda text: None)
+
+
+def _names(sources: Sources) -> list[str]:
+    return [str(sources)] if isinstance(sources, str | Path) else [str(source) for source in sources]
+
+
+def _settings(groups: tuple[type, ...], options: dict[str, Any]) -> Settings:
+    return resolve(groups, {name: Given(value, f"argument {name}") for name, value in options.items()})

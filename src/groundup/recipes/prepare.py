@@ -1,0 +1,117 @@
+"""groundup prepare: text to a tokenizer and shards."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from groundup.config.load import Settings
+from groundup.config.options import DataOptions, TokenizerOptions
+from groundup.data.prepare import PrepareRequest, prepare, survey
+from groundup.data.shards import MANIFEST, Dataset, open_dataset
+from groundup.data.sources import STDIN, ReadOptions
+from groundup.errors import ConfigError
+from groundup.tokenizer.gpt2_files import gpt2_tokenizer
+from groundup.tokenizer.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from groundup.tokenizer.training import train_bpe
+
+Say = Callable[[str], None]
+
+
+def prepare_dataset(sources: Sequence[str], target: Path, settings: Settings, say: Say) -> Dataset:
+    """
+    Make a dataset from sources, or use the one that is there when it was made from the same.
+
+    Raises:
+        ConfigError: no sources; or the target holds another dataset, or something else.
+        DataError: a source is missing, empty or damaged.
+    """
+    if not sources:
+        raise ConfigError("sources: none given; give files or folders, - for standard input, or python-stdlib")
+    request = _request(sources, settings)
+    if (target / MANIFEST).is_file():
+        return _reuse(request, target, say)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"output_dir: {target} exists and is no dataset; choose another --output-dir")
+    dataset = prepare(request, target, _tokenizer_builder(settings), settings[DataOptions].workers, say)
+    report(dataset, say)
+    return dataset
+
+
+def report(dataset: Dataset, say: Say) -> None:
+    """Say what a dataset holds."""
+    for name, split in dataset.splits.items():
+        ratio = f", {split.bytes / split.tokens:.2f} bytes per token" if split.tokens and split.bytes else ""
+        of = f" of {split.documents:,} documents" if split.documents else ""
+        say(f"{name}: {split.tokens:,} tokens{of} in {len(split.shards)} shards{ratio}")
+
+
+def summary(dataset: Dataset) -> dict[str, Any]:
+    """What ``prepare --json`` prints."""
+    facts = dataset.manifest
+    return {
+        "dataset": str(dataset.directory),
+        "documents": facts["documents"],
+        "train_tokens": dataset.splits["train"].tokens,
+        "validation_tokens": dataset.splits["validation"].tokens,
+        "bytes": facts["bytes"],
+        "vocab_size": dataset.tokenizer.vocab_size,
+        "skipped": facts["skipped"],
+        "replaced_sequences": facts["replaced_sequences"],
+    }
+
+
+def tokenizer_named(name: str) -> Tokenizer:
+    """The tokenizer that an option names, except bpe, which must be trained."""
+    if name == "byte":
+        return byte_tokenizer()
+    if name == "gpt2":
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        return gpt2_tokenizer(Path(cache, "groundup", "gpt2"))
+    return load_tokenizer(Path(name))
+
+
+def _tokenizer_builder(settings: Settings) -> Callable[[Iterable[str]], Tokenizer]:
+    options = settings[TokenizerOptions]
+    if options.tokenizer == "bpe":
+        return lambda texts: train_bpe(texts, options.vocab_size)
+    # Found, or not, before any text is read.
+    tokenizer = tokenizer_named(options.tokenizer)
+    return lambda texts: tokenizer
+
+
+def _request(sources: Sequence[str], settings: Settings) -> PrepareRequest:
+    data, tokenizer = settings[DataOptions], settings[TokenizerOptions]
+    if [*sources, *data.validation_source].count(STDIN) > 1:
+        raise ConfigError("sources: - (standard input) is given twice; it can be read once")
+    return PrepareRequest(
+        sources=tuple(sources),
+        validation_sources=data.validation_source,
+        validation_fraction=data.validation_fraction,
+        read=ReadOptions(data.text_column, data.encoding_errors),
+        shard_tokens=data.shard_tokens,
+        tokenizer=tokenizer.tokenizer,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_train_bytes=tokenizer.tokenizer_train_bytes,
+    )
+
+
+def _reuse(request: PrepareRequest, target: Path, say: Say) -> Dataset:
+    """The dataset that is there, if it was made as asked for, from sources that have not changed."""
+    dataset = open_dataset(target)
+    was, now = dataset.manifest["request"], request.description()
+    was = {key: tuple(value) if isinstance(value, list) else value for key, value in was.items()}
+    if differences := [f"{key} {was.get(key)!r} → {now.get(key)!r}" for key in now if was.get(key) != now.get(key)]:
+        raise ConfigError(
+            f"dataset {target}: was made with other options ({'; '.join(differences)}); choose another --output-dir, or "
+            "delete it to make it anew"
+        )
+    if STDIN in (*request.sources, *request.validation_sources):
+        raise ConfigError(f"dataset {target}: exists, and standard input cannot be compared with it; delete it, or use it")
+    if survey(request).digest != dataset.manifest["content_sha256"]:
+        raise ConfigError(
+            f"dataset {target}: the text in {', '.join(request.sources)} has changed since it was made; choose another "
+            f"--output-dir, or use {target} itself as the source to go on with the old text"
+        )
+    say(f"dataset {target}: made from the same text before, used as it is")
+    return dataset

@@ -1,0 +1,66 @@
+"""What a person sees while a run goes on: one live line in a terminal, a plain line per logged step elsewhere."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+
+class Progress:
+    """Lines on standard error; standard output stays free for results."""
+
+    def __init__(self, live: Live | None, console: Console):
+        self._live = live
+        self._console = console
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._console.print(Text(line), soft_wrap=True)
+
+    def step(self, line: str) -> None:
+        """The progress line: replaced in a terminal, one line after the other elsewhere."""
+        if self._live is None:
+            self.say(line)
+        else:
+            self._live.update(Text(line, style="bold", no_wrap=True, overflow="ellipsis"), refresh=True)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Progress on standard error while the block runs."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        yield Progress(None, Console(file=sys.stderr, highlight=False, width=10**6))
+        return
+    with Live(Text(""), console=console, auto_refresh=False, transient=True) as live:
+        yield Progress(live, console)
+
+
+def step_line(row: dict[str, Any], total_steps: int, seconds_left: float) -> str:
+    """One line about a logged step: loss, learning rate, gradient norm, speed, and time left."""
+    parts = [
+        f"step {row['step']:>6,}/{total_steps:,} ({row['step'] / total_steps:.1%})",
+        f"loss {row['loss']:.4f}",
+        f"lr {row['learning_rate']:.2e}",
+        f"norm {row['grad_norm']:.2f}",
+        f"{row['tokens_per_second']:,.0f} tok/s",
+        f"mfu {row['mfu']:.1%}",
+        f"eta {duration(seconds_left)}",
+    ]
+    if row.get("skipped_steps"):
+        parts.append(f"{row['skipped_steps']} skipped")
+    return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42s, 3m05s, 2h10m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
