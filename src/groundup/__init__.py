@@ -22,7 +22,7 @@ _PUBLIC = {
     "GroundupError": "groundup.errors",
     "StepResult": "groundup.training.loop",
     "Tokenizer": "groundup.tokenizer.tokenizer",
-    "Training": "groundup.recipes.train",
+    "Training": "groundup.recipes.training",
     "evaluate": "groundup.recipes.api",
     "generate": "groundup.recipes.api",
     "load": "groundup.recipes.api",

@@ -87,9 +87,7 @@ def verify(checkpoint: Path) -> None:
         if "/" in name or file.is_symlink() or not file.is_file():
             raise CheckpointError(f"checkpoint {file}: missing, though {MANIFEST} lists it")
         if file.stat().st_size != facts["bytes"]:
-            raise CheckpointError(
-                f"checkpoint {file}: {file.stat().st_size:,} bytes long, {MANIFEST} says {facts['bytes']:,}"
-            )
+            raise CheckpointError(f"checkpoint {file}: {file.stat().st_size:,} bytes long, {MANIFEST} says {facts['bytes']:,}")
         if (found := sha256_of_file(file)) != facts["sha256"]:
             raise CheckpointError(
                 f"checkpoint {file}: damaged: its sha256 is {found[:12]}…, {MANIFEST} says {facts['sha256'][:12]}…"

@@ -178,7 +178,9 @@ def _prepare(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], s
 
     with progress() as shown:
         dataset = prepare_dataset(own["sources"], Path(own["output_dir"]), settings, shown.say)
-    return summary(dataset), f"{dataset.directory}: ready; train on it with `groundup train {dataset.directory} --output-dir RUN`"
+    return summary(
+        dataset
+    ), f"{dataset.directory}: ready; train on it with `groundup train {dataset.directory} --output-dir RUN`"
 
 
 @_verb(

@@ -7,6 +7,7 @@ value remembers where it came from, and all problems come back in one error.
 
 import difflib
 import math
+import operator
 import tomllib
 import types
 from collections.abc import Mapping
@@ -188,7 +189,7 @@ def _integer(value: object) -> int:
         base, power, exponent = text.replace("**", "^").partition("^")
         try:
             if power and 0 <= int(exponent) <= 64:
-                return int(base) ** int(exponent)
+                return int(int(base) ** int(exponent))
             value = int(text) if text.lstrip("+-").isdigit() else float(text)
         except ValueError:
             raise ValueError("is not a whole number (524288, 524_288 and 2^19 are)") from None
@@ -217,12 +218,12 @@ def _checked(declaration: Field[Any], value: Any) -> Any:
         raise ValueError(f"is not one of {', '.join(rules['choices'])}{hint}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         unit = f" {rules['unit']}" if rules["unit"] else ""
-        for words, bound, holds in (
-            ("at least", rules["at_least"], lambda bound: value >= bound),
-            ("above", rules["above"], lambda bound: value > bound),
-            ("at most", rules["at_most"], lambda bound: value <= bound),
-            ("below", rules["below"], lambda bound: value < bound),
+        for words, bound, broken in (
+            ("at least", rules["at_least"], operator.lt),
+            ("above", rules["above"], operator.le),
+            ("at most", rules["at_most"], operator.gt),
+            ("below", rules["below"], operator.ge),
         ):
-            if bound is not None and not holds(bound):
+            if bound is not None and broken(value, bound):
                 raise ValueError(f"must be {words} {bound:g}{unit}")
     return value

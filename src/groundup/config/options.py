@@ -40,27 +40,43 @@ def option(
     )
 
 
+# fmt: off  (an option is read as a paragraph, not as a column)
 @dataclass(frozen=True)
 class DataOptions:
     """Data: how sources become shards."""
 
     validation_fraction: float = option(
-        0.1, "Share of the documents kept for validation, chosen by a keyed hash of their content; of a source that "
-        "is one document, its end.", at_least=0, below=1, why="ours: pre-training data has no ready-made split",
-    )  # fmt: skip
+        0.1,
+        "Share of the documents kept for validation, chosen by a keyed hash of their content; of a source that "
+        "is one document, its end.",
+        at_least=0,
+        below=1,
+        why="ours: pre-training data has no ready-made split",
+    )
     validation_source: tuple[str, ...] = option(
-        (), "Validation text from these sources instead of a share of the others (repeatable).",
+        (),
+        "Validation text from these sources instead of a share of the others (repeatable).",
         why="ours, like validation_fraction",
-    )  # fmt: skip
-    text_column: str = option("text", "Column that holds the text in .jsonl, .csv and .parquet.",
-                              why="ours: the name is that of Hugging Face's example scripts")  # fmt: skip
+    )
+    text_column: str = option(
+        "text",
+        "Column that holds the text in .jsonl, .csv and .parquet.",
+        why="ours: the name is that of Hugging Face's example scripts",
+    )
     encoding_errors: str = option(
-        "replace", "Invalid UTF-8: replace it by U+FFFD and count it, or stop.", choices=("replace", "strict"),
+        "replace",
+        "Invalid UTF-8: replace it by U+FFFD and count it, or stop.",
+        choices=("replace", "strict"),
         why="ours: Python's own word",
-    )  # fmt: skip
+    )
     shard_tokens: int = option(2**20, "Size of a shard.", unit="tokens", at_least=1, why="ours: a shard is our format")
-    workers: int = option(0, "Processes that tokenize; 0 is one per core. The result is the same for any number.",
-                          unit="processes", at_least=0, why="ours: preparation is ours")  # fmt: skip
+    workers: int = option(
+        0,
+        "Processes that tokenize; 0 is one per core. The result is the same for any number.",
+        unit="processes",
+        at_least=0,
+        why="ours: preparation is ours",
+    )
 
 
 @dataclass(frozen=True)
@@ -68,17 +84,25 @@ class TokenizerOptions:
     """Tokenizer: how text becomes token ids."""
 
     tokenizer: str = option(
-        "bpe", "bpe (trained on the corpus), byte, gpt2 (OpenAI's), or the path of a tokenizer.json or of a folder "
-        "that holds one, or GPT-2's two files.", why="ours: Hugging Face's Trainer is handed a tokenizer object",
-    )  # fmt: skip
+        "bpe",
+        "bpe (trained on the corpus), byte, gpt2 (OpenAI's), or the path of a tokenizer.json or of a folder "
+        "that holds one, or GPT-2's two files.",
+        why="ours: Hugging Face's Trainer is handed a tokenizer object",
+    )
     vocab_size: int = option(
-        8192, "Vocabulary to train with bpe: 256 bytes + merges + end-of-text.", unit="tokens", at_least=257,
+        8192,
+        "Vocabulary to train with bpe: 256 bytes + merges + end-of-text.",
+        unit="tokens",
+        at_least=257,
         why="GPT2Config's 50257 suits 8 million web pages; a small corpus cannot fill it",
-    )  # fmt: skip
+    )
     tokenizer_train_bytes: int = option(
-        2**27, "Train bpe on at most this much text, sampled evenly by a hash.", unit="bytes", at_least=1,
+        2**27,
+        "Train bpe on at most this much text, sampled evenly by a hash.",
+        unit="bytes",
+        at_least=1,
         why="ours: keeps memory bounded",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -86,17 +110,22 @@ class ModelOptions:
     """Model: the shape of the GPT-2."""
 
     model: str = option(
-        "gpt2-micro", "Preset that sets the shape, the global batch and the learning rate; any of them can be "
-        "overridden.", why="ours: a name for a set of defaults",
-    )  # fmt: skip
+        "gpt2-micro",
+        "Preset that sets the shape, the global batch and the learning rate; any of them can be overridden.",
+        why="ours: a name for a set of defaults",
+    )
     n_layer: int = option(12, "Transformer blocks.", at_least=1)
     n_head: int = option(12, "Attention heads; they divide n_embd.", at_least=1)
     n_embd: int = option(768, "Width of the embeddings and of the residual stream.", at_least=1)
-    n_inner: int = option(0, "Width inside the MLP; 0 is 4 × n_embd.", at_least=0,
-                          why="GPT2Config spells 'four times' as None")  # fmt: skip
+    n_inner: int = option(0, "Width inside the MLP; 0 is 4 × n_embd.", at_least=0, why="GPT2Config spells 'four times' as None")
     n_positions: int = option(1024, "Context length.", unit="tokens", at_least=1)
-    resid_pdrop: float = option(0.0, "Dropout on the residual branches.", at_least=0, below=1,
-                                why="pre-training sees most tokens once, where dropout only costs; GPT-2 had 0.1")  # fmt: skip
+    resid_pdrop: float = option(
+        0.0,
+        "Dropout on the residual branches.",
+        at_least=0,
+        below=1,
+        why="pre-training sees most tokens once, where dropout only costs; GPT-2 had 0.1",
+    )
     embd_pdrop: float = option(0.0, "Dropout on the embeddings.", at_least=0, below=1, why="as resid_pdrop")
     attn_pdrop: float = option(0.0, "Dropout on the attention weights.", at_least=0, below=1, why="as resid_pdrop")
     layer_norm_epsilon: float = option(1e-5, "Epsilon in the layer norms.", above=0)
@@ -108,38 +137,66 @@ class BatchOptions:
     """Batches: how many tokens a step sees."""
 
     total_batch_tokens: int = option(
-        2**19, "Global batch of one optimizer step, rounded down to whole windows; accumulation follows from it.",
-        unit="tokens", at_least=1, why="ours: the number that matters, whatever the device holds",
-    )  # fmt: skip
+        2**19,
+        "Global batch of one optimizer step, rounded down to whole windows; accumulation follows from it.",
+        unit="tokens",
+        at_least=1,
+        why="ours: the number that matters, whatever the device holds",
+    )
     per_device_train_batch_size: int = option(8, "Windows in one forward and backward pass.", unit="windows", at_least=1)
     gradient_accumulation_steps: int = option(
-        0, "Passes per step; 0 computes it from total_batch_tokens. When given, the global batch follows from it.",
-        unit="micro-batches", at_least=0, why="computed, so that the global batch is what was asked for",
-    )  # fmt: skip
+        0,
+        "Passes per step; 0 computes it from total_batch_tokens. When given, the global batch follows from it.",
+        unit="micro-batches",
+        at_least=0,
+        why="computed, so that the global batch is what was asked for",
+    )
     per_device_eval_batch_size: int = option(8, "Windows in one pass of an evaluation.", unit="windows", at_least=1)
     stride: int = option(
-        0, "Distance between the starts of two windows; 0 is n_positions (no overlap), less overlaps them.",
-        unit="tokens", at_least=0, why="ours: Hugging Face's scripts cut blocks without overlap",
-    )  # fmt: skip
+        0,
+        "Distance between the starts of two windows; 0 is n_positions (no overlap), less overlaps them.",
+        unit="tokens",
+        at_least=0,
+        why="ours: Hugging Face's scripts cut blocks without overlap",
+    )
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
     """Optimizer: AdamW and its learning rate."""
 
-    learning_rate: float = option(6e-4, "Peak learning rate.", at_least=0,
-                                  why="5e-5 is for fine-tuning; this is GPT-3's for 125M, Brown et al. 2020, table 2.1")  # fmt: skip
+    learning_rate: float = option(
+        6e-4,
+        "Peak learning rate.",
+        at_least=0,
+        why="5e-5 is for fine-tuning; this is GPT-3's for 125M, Brown et al. 2020, table 2.1",
+    )
     lr_scheduler_type: str = option(
-        "cosine_with_min_lr", "Shape of the schedule after warmup.",
+        "cosine_with_min_lr",
+        "Shape of the schedule after warmup.",
         choices=("cosine_with_min_lr", "cosine", "linear", "constant_with_warmup"),
         why="GPT-3 decays by a cosine to a tenth; Hugging Face's linear is for fine-tuning",
-    )  # fmt: skip
-    warmup_steps: float = option(0.05, "Linear warmup: steps, or below 1 a fraction of the run.", unit="steps",
-                                 at_least=0, why="training from random weights without warmup is fragile")  # fmt: skip
-    min_lr_rate: float = option(0.1, "Floor of cosine_with_min_lr, as a fraction of learning_rate.", at_least=0,
-                                at_most=1, why="ours as an option: Hugging Face hides it in lr_scheduler_kwargs")  # fmt: skip
-    weight_decay: float = option(0.1, "Decoupled weight decay, on matrices only.", at_least=0,
-                                 why="GPT-3, appendix B; Hugging Face's 0 is for fine-tuning")  # fmt: skip
+    )
+    warmup_steps: float = option(
+        0.05,
+        "Linear warmup: steps, or below 1 a fraction of the run.",
+        unit="steps",
+        at_least=0,
+        why="training from random weights without warmup is fragile",
+    )
+    min_lr_rate: float = option(
+        0.1,
+        "Floor of cosine_with_min_lr, as a fraction of learning_rate.",
+        at_least=0,
+        at_most=1,
+        why="ours as an option: Hugging Face hides it in lr_scheduler_kwargs",
+    )
+    weight_decay: float = option(
+        0.1,
+        "Decoupled weight decay, on matrices only.",
+        at_least=0,
+        why="GPT-3, appendix B; Hugging Face's 0 is for fine-tuning",
+    )
     adam_beta1: float = option(0.9, "AdamW's beta1.", at_least=0, below=1)
     adam_beta2: float = option(0.95, "AdamW's beta2.", at_least=0, below=1, why="GPT-3, appendix B")
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.", at_least=0)
@@ -150,28 +207,48 @@ class OptimizerOptions:
 class RunOptions:
     """Run: how long, and when to log, evaluate and save."""
 
-    max_steps: int = option(0, "Steps to train; 0 follows num_train_epochs.", unit="steps", at_least=0,
-                            why="Hugging Face spells 'off' as -1")  # fmt: skip
+    max_steps: int = option(
+        0, "Steps to train; 0 follows num_train_epochs.", unit="steps", at_least=0, why="Hugging Face spells 'off' as -1"
+    )
     num_train_epochs: float = option(3.0, "Passes over the training windows, where max_steps is 0.", unit="epochs", above=0)
-    logging_steps: int = option(10, "Log every so many steps.", unit="steps", at_least=1,
-                                why="500 shows a small run nothing")  # fmt: skip
-    eval_steps: int = option(250, "Evaluate every so many steps, before the first and after the last; 0 is never.",
-                             unit="steps", at_least=0, why="a curve needs points from the start")  # fmt: skip
+    logging_steps: int = option(10, "Log every so many steps.", unit="steps", at_least=1, why="500 shows a small run nothing")
+    eval_steps: int = option(
+        250,
+        "Evaluate every so many steps, before the first and after the last; 0 is never.",
+        unit="steps",
+        at_least=0,
+        why="a curve needs points from the start",
+    )
     max_eval_tokens: int = option(
-        2**20, "Validation tokens of one evaluation during training, spread evenly; 0 is all of them.", unit="tokens",
-        at_least=0, why="ours: ten gigabytes of validation text would stop the run for hours",
-    )  # fmt: skip
-    save_steps: int = option(250, "Save a checkpoint every so many steps and after the last; 0 is only the last.",
-                             unit="steps", at_least=0, why="less work to lose")  # fmt: skip
-    save_total_limit: int = option(2, "Checkpoints to keep; 0 keeps all.", at_least=0,
-                                   why="a full disk ends more runs than a missing old checkpoint")  # fmt: skip
-    sample_prompt: str = option("", "Prompt of the sample written at each evaluation; empty starts a new document.",
-                                why="ours: samples show what a loss cannot")  # fmt: skip
+        2**20,
+        "Validation tokens of one evaluation during training, spread evenly; 0 is all of them.",
+        unit="tokens",
+        at_least=0,
+        why="ours: ten gigabytes of validation text would stop the run for hours",
+    )
+    save_steps: int = option(
+        250,
+        "Save a checkpoint every so many steps and after the last; 0 is only the last.",
+        unit="steps",
+        at_least=0,
+        why="less work to lose",
+    )
+    save_total_limit: int = option(
+        2, "Checkpoints to keep; 0 keeps all.", at_least=0, why="a full disk ends more runs than a missing old checkpoint"
+    )
+    sample_prompt: str = option(
+        "",
+        "Prompt of the sample written at each evaluation; empty starts a new document.",
+        why="ours: samples show what a loss cannot",
+    )
     sample_tokens: int = option(64, "Length of that sample; 0 writes none.", unit="tokens", at_least=0, why="ours")
     max_skipped_steps: int = option(
-        10, "Stop with exit code 5 after so many steps in a row whose loss or gradient is not finite.", unit="steps",
-        at_least=1, why="ours: a step that is not finite is skipped, and counted",
-    )  # fmt: skip
+        10,
+        "Stop with exit code 5 after so many steps in a row whose loss or gradient is not finite.",
+        unit="steps",
+        at_least=1,
+        why="ours: a step that is not finite is skipped, and counted",
+    )
     seed: int = option(42, "Seed of the weights, the data order and the dropout.", at_least=0)
 
 
@@ -179,13 +256,25 @@ class RunOptions:
 class MachineOptions:
     """Machine: where and in what precision to compute."""
 
-    device: str = option(AUTO, "cuda, mps or cpu; auto takes the first that is there.",
-                         choices=(AUTO, "cuda", "mps", "cpu"), why="ours: Hugging Face has use_cpu")  # fmt: skip
-    bf16: bool | None = option(None, "bfloat16 autocast; by default where the hardware multiplies it faster.",
-                               why="False leaves half of the speed unused")  # fmt: skip
+    device: str = option(
+        AUTO,
+        "cuda, mps or cpu; auto takes the first that is there.",
+        choices=(AUTO, "cuda", "mps", "cpu"),
+        why="ours: Hugging Face has use_cpu",
+    )
+    bf16: bool | None = option(
+        None,
+        "bfloat16 autocast; by default where the hardware multiplies it faster.",
+        why="False leaves half of the speed unused",
+    )
     torch_compile: bool = option(False, "Compile the model with torch.compile.")
-    peak_tflops: float = option(0.0, "Peak of the device for MFU; 0 is the data sheet's or, where unknown, measured.",
-                                unit="TFLOP/s", at_least=0, why="ours: MFU needs it")  # fmt: skip
+    peak_tflops: float = option(
+        0.0,
+        "Peak of the device for MFU; 0 is the data sheet's or, where unknown, measured.",
+        unit="TFLOP/s",
+        at_least=0,
+        why="ours: MFU needs it",
+    )
 
 
 @dataclass(frozen=True)
@@ -193,10 +282,12 @@ class GenerationOptions:
     """Generation: how the next token is chosen."""
 
     prompt: tuple[str, ...] = option((), "Text to continue (repeatable).", why="ours")
-    max_new_tokens: int = option(128, "Tokens to generate at most.", unit="tokens", at_least=1,
-                                 why="Hugging Face's 20 is half a sentence")  # fmt: skip
-    temperature: float = option(0.8, "Divide the logits by it; 0 always takes the most likely token.", at_least=0,
-                                why="small models ramble at 1.0")  # fmt: skip
+    max_new_tokens: int = option(
+        128, "Tokens to generate at most.", unit="tokens", at_least=1, why="Hugging Face's 20 is half a sentence"
+    )
+    temperature: float = option(
+        0.8, "Divide the logits by it; 0 always takes the most likely token.", at_least=0, why="small models ramble at 1.0"
+    )
     top_k: int = option(50, "Sample from the k most likely tokens; 0 is off.", at_least=0)
     top_p: float = option(1.0, "Sample from the fewest tokens whose probability reaches p; 1 is off.", above=0, at_most=1)
     seed: int = option(42, "Seed of the draws.", at_least=0)
@@ -206,11 +297,14 @@ class GenerationOptions:
 class EvaluationOptions:
     """Evaluation: what to measure on."""
 
-    data: str = option("", "Dataset folder, or a text source; by default the validation split of the run's dataset.",
-                       why="ours")  # fmt: skip
+    data: str = option(
+        "", "Dataset folder, or a text source; by default the validation split of the run's dataset.", why="ours"
+    )
     per_device_eval_batch_size: int = option(8, "Windows in one pass of an evaluation.", unit="windows", at_least=1)
     n_positions: int = option(0, "Context length to evaluate with; 0 is the model's.", unit="tokens", at_least=0)
 
+
+# fmt: on
 
 PREPARE_GROUPS = (DataOptions, TokenizerOptions)
 TRAIN_GROUPS = (

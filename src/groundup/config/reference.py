@@ -47,7 +47,8 @@ def reference() -> str:
 
 def _row(declaration: Field[Any], hint: Any) -> str:
     rules = declaration.metadata
-    default = {None: "by itself", (): "none", "": "empty"}.get(declaration.default, f"`{declaration.default}`")
+    value: Any = declaration.default
+    default = {None: "by itself", (): "none", "": "empty"}.get(value, f"`{value}`")
     if declaration.name in PRESET_OPTIONS:
         default = "the preset's"
     bounds = [

@@ -99,9 +99,7 @@ def global_batches(
         reader.join(timeout=10)
 
 
-def evaluation_batches(
-    windows: Windows, batch_size: int, device: torch.device, max_tokens: int = 0
-) -> Iterator[Batch]:
+def evaluation_batches(windows: Windows, batch_size: int, device: torch.device, max_tokens: int = 0) -> Iterator[Batch]:
     """
     Every window once, in order; or, above ``max_tokens``, an evenly spread part of them, always the same.
 

@@ -31,7 +31,7 @@ from groundup.runtime.files import (
     sync_file,
 )
 from groundup.tokenizer.pieces import pieces
-from groundup.tokenizer.tokenizer import Tokenizer, TokenArray
+from groundup.tokenizer.tokenizer import TokenArray, Tokenizer
 
 TASK_CHARACTERS = 2**20
 POOL_FROM_BYTES = 2**24
@@ -160,9 +160,7 @@ def prepare(request: PrepareRequest, target: Path, build_tokenizer: BuildTokeniz
     return open_dataset(target)
 
 
-def _write_dataset(
-    request: PrepareRequest, staging: Path, build_tokenizer: BuildTokenizer, workers: int, say: Say
-) -> None:
+def _write_dataset(request: PrepareRequest, staging: Path, build_tokenizer: BuildTokenizer, workers: int, say: Say) -> None:
     stdin_copy = staging / ".stdin"
     if STDIN in (*request.sources, *request.validation_sources):
         copy_stdin(stdin_copy)
@@ -212,9 +210,7 @@ def _skipped(report: SourceReport) -> str:
     return text
 
 
-def _split_pieces(
-    request: PrepareRequest, seen: Survey, corpus: Any = None
-) -> Iterator[tuple[str, str, bool]]:
+def _split_pieces(request: PrepareRequest, seen: Survey, corpus: Any = None) -> Iterator[tuple[str, str, bool]]:
     """Every piece of text with its split, and whether it ends its document, in the canonical order."""
     fraction = request.validation_fraction
     for facts in seen.sources:
@@ -323,9 +319,7 @@ def _encoded(tasks: Iterable[Task], tokenizer: Tokenizer, workers: int) -> Itera
         return
     waiting: deque[tuple[str, Future[TokenArray]]] = deque()
     # spawn: a forked child of a process that runs threads can hang.
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), _start_worker, (tokenizer.json, tokenizer.end_of_text)
-    ) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer.json, tokenizer.end_of_text)) as pool:
         try:
             for task in tasks:
                 waiting.append((task.split, pool.submit(_encode_in_worker, task)))

@@ -147,9 +147,7 @@ def _is_ignored(path: Path, is_folder: bool, ignores: tuple[tuple[Path, Any], ..
     return decision
 
 
-def _file_documents(
-    path: Path, name: str, options: ReadOptions, report: SourceReport, *, explicit: bool
-) -> Iterator[Document]:
+def _file_documents(path: Path, name: str, options: ReadOptions, report: SourceReport, *, explicit: bool) -> Iterator[Document]:
     """The documents of one file: each row of a table, or the whole of any other text."""
     label = str(path) if name != STDIN else STDIN
     name = os.fsencode(name).decode("utf-8", errors="backslashreplace")
@@ -262,9 +260,7 @@ class _ZstdFrames(io.RawIOBase):
         return count
 
 
-def _table_documents(
-    path: Path, name: str, kind: str, options: ReadOptions, report: SourceReport
-) -> Iterator[Document]:
+def _table_documents(path: Path, name: str, kind: str, options: ReadOptions, report: SourceReport) -> Iterator[Document]:
     rows = _parquet_rows if kind.endswith(".parquet") else _csv_rows if kind.endswith(".csv") else _jsonl_rows
     for number, text in rows(path, options):
         if text:

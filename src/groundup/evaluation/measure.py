@@ -74,9 +74,7 @@ def evaluate_model(
     )
 
 
-def byte_frequency_baseline(
-    train: npt.NDArray[Any], validation: npt.NDArray[Any], token_bytes: list[bytes]
-) -> float:
+def byte_frequency_baseline(train: npt.NDArray[Any], validation: npt.NDArray[Any], token_bytes: list[bytes]) -> float:
     """
     Bits per byte of the model that knows only how often each byte occurs in the training text.
 

@@ -96,9 +96,7 @@ def load_model(directory: Path) -> GPT2:
             for name in sorted(expected.keys() | found.keys())
             if expected.get(name) != found.get(name)
         ]
-        raise CheckpointError(
-            f"checkpoint {path}: {len(wrong)} tensors do not fit config.json: {'; '.join(wrong[:10])}"
-        )
+        raise CheckpointError(f"checkpoint {path}: {len(wrong)} tensors do not fit config.json: {'; '.join(wrong[:10])}")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return model.eval()
 

@@ -59,7 +59,7 @@ class Attention(nn.Module):
         if cache is not None and 1 < T < k.size(2):
             mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=T == k.size(2), dropout_p=self.attn_pdrop if self.training else 0.0
+            q, k, v, attn_mask=mask, is_causal=k.size(2) == T, dropout_p=self.attn_pdrop if self.training else 0.0
         )  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         dropped: Tensor = self.resid_dropout(self.c_proj(y))

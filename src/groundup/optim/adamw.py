@@ -19,6 +19,4 @@ def build_adamw(
     model: nn.Module, *, learning_rate: float, beta1: float, beta2: float, epsilon: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019), fused: w ← w − α (m̂ / (√v̂ + ε) + λ w)."""
-    return torch.optim.AdamW(
-        decay_groups(model, weight_decay), lr=learning_rate, betas=(beta1, beta2), eps=epsilon, fused=True
-    )
+    return torch.optim.AdamW(decay_groups(model, weight_decay), lr=learning_rate, betas=(beta1, beta2), eps=epsilon, fused=True)

@@ -3,9 +3,7 @@
 import math
 
 
-def learning_rate_at(
-    step: int, *, kind: str, peak: float, warmup_steps: int, total_steps: int, min_rate: float
-) -> float:
+def learning_rate_at(step: int, *, kind: str, peak: float, warmup_steps: int, total_steps: int, min_rate: float) -> float:
     """
     The learning rate of a step, counted from 1.
 

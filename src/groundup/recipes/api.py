@@ -15,9 +15,10 @@ from groundup.data.shards import Dataset
 from groundup.recipes import evaluate as evaluate_recipe
 from groundup.recipes import generate as generate_recipe
 from groundup.recipes import train as train_recipe
+from groundup.recipes import training as training_recipe
 from groundup.recipes.loading import Loaded, load_checkpoint
 from groundup.recipes.prepare import prepare_dataset
-from groundup.recipes.train import Training
+from groundup.recipes.training import Training
 from groundup.tracking.progress import progress
 
 Sources = str | Path | Sequence[str | Path]
@@ -55,7 +56,7 @@ def open_training(sources: Sources, output_dir: str | Path, **options: Any) -> I
     settings = _settings(TRAIN_GROUPS, options)
     with (
         progress() as shown,
-        train_recipe.open_training(_names(sources), Path(output_dir), settings, shown.say) as training,
+        training_recipe.open_training(_names(sources), Path(output_dir), settings, shown.say) as training,
     ):
         yield training
 

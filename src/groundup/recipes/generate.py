@@ -57,9 +57,7 @@ def generate(path: Path, settings: Settings, say: Say, stream: Say) -> dict[str,
     }
 
 
-def complete(
-    loaded: Loaded, prompt: str, options: GenerationOptions, stream: Say, autocast: Callable[[], Any]
-) -> Completion:
+def complete(loaded: Loaded, prompt: str, options: GenerationOptions, stream: Say, autocast: Callable[[], Any]) -> Completion:
     """Continue one prompt; an empty one starts a new document."""
     tokenizer = loaded.tokenizer
     choose = sampler(

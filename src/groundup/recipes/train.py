@@ -1,211 +1,28 @@
-"""
-groundup train: text or a dataset to a model.
-
-Read ``train`` for what a run does, in order; ``open_training`` for what it is made of.
-"""
+"""groundup train: text or a dataset to a model. What a run does, in order, is ``train``."""
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tomli_w
-import torch
 
-from groundup import __version__
-from groundup.checkpoint.commit import checkpoints, commit, newest_good, prune, remove_leftovers, step_of
-from groundup.checkpoint.optimizer import load_optimizer, save_optimizer
+from groundup.checkpoint.commit import checkpoints, step_of
 from groundup.config.load import Settings
-from groundup.config.options import (
-    BatchOptions,
-    MachineOptions,
-    ModelOptions,
-    OptimizerOptions,
-    RunOptions,
-    TokenizerOptions,
-)
-from groundup.config.plan import Plan, plan_run
-from groundup.data.batches import Windows, evaluation_batches
-from groundup.data.order import ORDER_VERSION
-from groundup.data.shards import Dataset, require_windows
-from groundup.errors import CheckpointError, ConfigError, DivergedError, ResourceError, Stopped
-from groundup.evaluation.measure import Evaluation, byte_frequency_baseline, evaluate_model
-from groundup.generation.generate import generate_tokens, readable
-from groundup.generation.sampling import sampler
-from groundup.interop.huggingface import load_model, save_model
+from groundup.config.options import BatchOptions, MachineOptions, ModelOptions, RunOptions
+from groundup.errors import Stopped
+from groundup.evaluation.measure import byte_frequency_baseline
 from groundup.model.flops import parameter_count, training_flops_per_token
-from groundup.model.gpt2 import GPT2, GPT2Config, initialize
-from groundup.optim.adamw import build_adamw
-from groundup.recipes.loading import is_dataset, open_any_dataset
-from groundup.recipes.machine import machine_for
-from groundup.recipes.prepare import prepare_dataset, report
-from groundup.runtime.device import Machine, peak_flops
-from groundup.runtime.files import exclusive, existing_parent, explained_os_errors, replace_durably
-from groundup.runtime.random import derive_seed
-from groundup.runtime.signals import stop_requests
-from groundup.tracking.metrics import METRICS, append_row, read_rows, rewind
+from groundup.recipes.training import SAMPLES, Training, open_training
+from groundup.runtime.device import peak_flops
+from groundup.tracking.metrics import METRICS, append_row, read_rows
 from groundup.tracking.pictures import draw_curves
 from groundup.tracking.progress import Progress, step_line
-from groundup.training.loop import StepResult, training_steps
-from groundup.training.state import TrainState
-from groundup.training.step import Forward
+from groundup.training.loop import StepResult
 
 Say = Callable[[str], None]
-CONFIG, DATASET, SAMPLES, LOCK = "config.toml", "dataset", "samples.jsonl", ".lock"
 BASELINE_TOKENS = 2**24
 """Tokens per split that the byte-frequency baseline counts at most."""
-
-
-@dataclass
-class Training:
-    """A run, set up: iterate over it to train; evaluate, sample and save when you like."""
-
-    run: Path
-    settings: Settings
-    dataset: Dataset
-    machine: Machine
-    model: GPT2
-    forward: Forward
-    optimizer: torch.optim.Optimizer
-    plan: Plan
-    state: TrainState
-    identity: dict[str, Any]
-    should_stop: Callable[[], bool]
-
-    def __iter__(self) -> Iterator[StepResult]:
-        """Train from where the run is to its planned end, one step at a time."""
-        run = self.settings[RunOptions]
-        return training_steps(
-            self.model,
-            self.forward,
-            self.optimizer,
-            self.state,
-            self._windows("train", self.settings[BatchOptions].stride),
-            self.plan,
-            self.settings[OptimizerOptions],
-            seed=run.seed,
-            max_skipped_steps=run.max_skipped_steps,
-            device=self.machine.device,
-            autocast=self.machine.autocast,
-        )
-
-    def evaluate(self) -> Evaluation | None:
-        """Measure on the validation split, on at most ``max_eval_tokens``; None when a stop was asked for meanwhile."""
-        batches = evaluation_batches(
-            self._windows("validation"),
-            self.settings[BatchOptions].per_device_eval_batch_size,
-            self.machine.device,
-            self.settings[RunOptions].max_eval_tokens,
-        )
-        counts = self.dataset.tokenizer.token_byte_counts
-        return evaluate_model(self.model, batches, counts, self.machine.autocast, self.should_stop)
-
-    def sample(self) -> str:
-        """Continue the sample prompt; the same draw at every step, so that samples compare."""
-        run, tokenizer = self.settings[RunOptions], self.dataset.tokenizer
-        prompt = tokenizer.encode(run.sample_prompt).tolist() or [tokenizer.end_of_text_id]
-        choose = sampler(temperature=0.8, top_k=50, top_p=1.0, seed=run.seed)
-        tokens = generate_tokens(
-            self.model, prompt, choose, max_new_tokens=run.sample_tokens, end_of_text_id=tokenizer.end_of_text_id
-        )
-        return "".join(readable(tokens, tokenizer.token_bytes))
-
-    def save(self) -> Path:
-        """
-        Commit a checkpoint of this step, then delete the oldest beyond ``save_total_limit``.
-
-        Raises:
-            DivergedError: a weight is not finite; the older checkpoints stay.
-        """
-        bad = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
-        if bad:
-            raise DivergedError(
-                f"diverged: {len(bad)} weights are not finite at step {self.state.step} (first: {bad[0]}); not saved, the "
-                "checkpoints before are as they were; lower --learning-rate"
-            )
-        checkpoint = commit(self.run, self.state.step, self._write_checkpoint)
-        prune(self.run, self.settings[RunOptions].save_total_limit)
-        return checkpoint
-
-    def _windows(self, split: str, stride: int = 0) -> Windows:
-        length = self.model.config.n_positions
-        return Windows(self.dataset.stream(split), length, stride or length)
-
-    def _write_checkpoint(self, directory: Path) -> None:
-        save_model(self.model, directory, self.dataset.tokenizer.end_of_text_id)
-        self.dataset.tokenizer.save(directory)
-        save_optimizer(self.optimizer, self.model, directory / "optimizer.safetensors")
-        trainer_state = {
-            "global_step": self.state.step,
-            "epoch": self.state.samples_seen / self.plan.windows,
-            "max_steps": self.plan.total_steps,
-            "num_input_tokens_seen": self.state.tokens_seen,
-            "state": self.state.as_dict(),
-            "identity": self.identity,
-            "versions": {"groundup": __version__, "torch": torch.__version__},
-        }
-        (directory / "trainer_state.json").write_bytes(json.dumps(trainer_state, indent=2).encode())
-
-
-@contextmanager
-def open_training(sources: Sequence[str], run: Path, settings: Settings, say: Say) -> Iterator[Training]:
-    """
-    Set a run up, from scratch or from its newest good checkpoint, and hold its directory while the block runs.
-
-    Raises:
-        ConfigError: options that contradict each other, the data or the checkpoint; a directory in use.
-        DataError: sources or shards that cannot be used.
-        CheckpointError: checkpoints, but no good one.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(explained_os_errors(run, "train"))
-        stack.enter_context(_explained_memory_errors())
-        run.mkdir(parents=True, exist_ok=True)
-        _require_ours(run)
-        stack.enter_context(exclusive(run / LOCK, f"run {run}"))
-        remove_leftovers(run)
-
-        dataset = _dataset(sources, run, settings, say)
-        options = settings[ModelOptions]
-        require_windows(dataset, options.n_positions)
-        dataset.verify()
-
-        should_stop = stack.enter_context(stop_requests(say))
-        machine = machine_for(settings[MachineOptions], training=True)
-        model_config = GPT2Config(
-            vocab_size=dataset.tokenizer.vocab_size,
-            **{f.name: getattr(options, f.name) for f in fields(options) if f.name != "model"},
-        )
-        batch, optim, run_options = settings[BatchOptions], settings[OptimizerOptions], settings[RunOptions]
-        windows = Windows(dataset.stream("train"), options.n_positions, batch.stride or options.n_positions)
-        plan = plan_run(options, batch, optim, run_options, windows=len(windows))
-        identity = _identity(model_config, dataset, settings, plan)
-
-        checkpoint = newest_good(run, say)
-        if checkpoint is None:
-            model, state = _fresh_model(model_config, run_options.seed), TrainState()
-        else:
-            state = _resumed_state(checkpoint, identity)
-            model = load_model(checkpoint)
-        model.to(machine.device)
-        optimizer = build_adamw(
-            model, learning_rate=optim.learning_rate, beta1=optim.adam_beta1, beta2=optim.adam_beta2,
-            epsilon=optim.adam_epsilon, weight_decay=optim.weight_decay,
-        )  # fmt: skip
-        if checkpoint is not None:
-            load_optimizer(optimizer, model, checkpoint / "optimizer.safetensors")
-            _say_changes(run, settings, say)
-            say(f"resuming from {checkpoint.name}: {state.tokens_seen:,} tokens seen")
-        _require_disk_space(run, model)
-        rewind(run / METRICS, state.step)
-        rewind(run / SAMPLES, state.step)
-        _write_config(run, sources, settings)
-        forward: Forward = torch.compile(model) if settings[MachineOptions].torch_compile else model
-        yield Training(run, settings, dataset, machine, model, forward, optimizer, plan, state, identity, should_stop)
 
 
 def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
@@ -257,121 +74,6 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
                 _evaluate(training, progress)
         draw_curves(read_rows(run / METRICS), run, run.name)
         return _summary(training, total_seconds)
-
-
-def _dataset(sources: Sequence[str], run: Path, settings: Settings, say: Say) -> Dataset:
-    """The dataset to train on: the source itself, or RUN/dataset made from the sources."""
-    if len(sources) == 1 and is_dataset(Path(sources[0])):
-        dataset = open_any_dataset(Path(sources[0]), _given_tokenizer(settings))
-        if (name := _given_tokenizer(settings)) and "request" in dataset.manifest:
-            was = dataset.manifest["request"]["tokenizer"]
-            if name != was:
-                raise ConfigError(
-                    f"tokenizer: {name!r} (from {settings.origins['tokenizer']}), but {sources[0]} was made with {was!r}; "
-                    "leave --tokenizer out, or prepare the text again"
-                )
-        report(dataset, say)
-        return dataset
-    return prepare_dataset(sources, run / DATASET, settings, say)
-
-
-def _given_tokenizer(settings: Settings) -> str | None:
-    """The tokenizer option, where somebody gave it."""
-    return None if settings.origins["tokenizer"] == "default" else settings[TokenizerOptions].tokenizer
-
-
-def _fresh_model(config: GPT2Config, seed: int) -> GPT2:
-    with torch.device("meta"):
-        model = GPT2(config)
-    model.to_empty(device="cpu")
-    # Initial weights are drawn on the CPU, so that they are the same for every device.
-    initialize(model, torch.Generator().manual_seed(derive_seed(seed, "init")))
-    return model
-
-
-def _identity(config: GPT2Config, dataset: Dataset, settings: Settings, plan: Plan) -> dict[str, Any]:
-    """What must not change between the parts of one run."""
-    return {
-        **asdict(config),
-        "tokenizer_sha256": dataset.tokenizer.sha256,
-        "dataset_sha256": dataset.identity,
-        "seed": settings[RunOptions].seed,
-        "total_batch_tokens": plan.tokens_per_step,
-        "stride": settings[BatchOptions].stride or config.n_positions,
-        "order_version": ORDER_VERSION,
-    }
-
-
-def _resumed_state(checkpoint: Path, identity: dict[str, Any]) -> TrainState:
-    path = checkpoint / "trainer_state.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        state, was = TrainState(**saved["state"]), saved["identity"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); use another checkpoint") from None
-    keys = sorted(was.keys() | identity.keys())
-    if differences := [f"{k}: {was.get(k)} → {identity.get(k)}" for k in keys if was.get(k) != identity.get(k)]:
-        raise ConfigError(
-            f"run {checkpoint.parent}: cannot resume {checkpoint.name} with changed {'; '.join(differences)}; give the "
-            "values it was started with, or another --output-dir for a new run"
-        )
-    return state
-
-
-def _say_changes(run: Path, settings: Settings, say: Say) -> None:
-    """Options that may change on resume, and did, are said."""
-    import tomllib
-
-    try:
-        before = tomllib.loads((run / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    was = {key: value for table in before.values() if isinstance(table, dict) for key, value in table.items()}
-    now = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.flat().items()}
-    for key in sorted(was.keys() & now.keys()):
-        if was[key] != now[key]:
-            say(f"changed since this run was started: {key} {was[key]} → {now[key]}")
-
-
-def _write_config(run: Path, sources: Sequence[str], settings: Settings) -> None:
-    document: dict[str, Any] = {"sources": list(sources)}
-    for group, options in settings.groups.items():
-        name = group.__name__.removesuffix("Options").lower()
-        document[name] = {key: value for key, value in asdict(options).items() if value is not None}
-    head = f"# Resolved configuration of this run (groundup {__version__}); start another like it with\n"
-    head += f"# groundup train --config {CONFIG} --output-dir ANOTHER\n\n"
-    replace_durably(run / CONFIG, (head + tomli_w.dumps(document)).encode())
-
-
-def _require_ours(run: Path) -> None:
-    if checkpoints(run) and not (run / CONFIG).is_file():
-        raise ConfigError(
-            f"output_dir: {run} holds checkpoints but no {CONFIG}, so groundup did not write it; choose another --output-dir"
-        )
-
-
-def _require_disk_space(run: Path, model: GPT2) -> None:
-    needed = 3 * 4 * parameter_count(model)  # weights and AdamW's two moments, in float32
-    free = shutil.disk_usage(existing_parent(run)).free
-    if free < needed:
-        raise ResourceError(
-            f"output_dir: {run} has {free / 2**20:,.0f} MiB free, one checkpoint takes {needed / 2**20:,.0f} MiB; free some "
-            "space or choose another --output-dir"
-        )
-
-
-@contextmanager
-def _explained_memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "DefaultCPUAllocator" not in str(error) and "out of memory" not in str(error):
-                raise
-        raise ResourceError(
-            "out of memory: lower --per-device-train-batch-size (the global batch stays the same, accumulation makes up "
-            "for it), --per-device-eval-batch-size or --n-positions, or take a smaller --model"
-        ) from error
 
 
 def _describe(training: Training, say: Say) -> None:
