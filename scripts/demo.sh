@@ -1,0 +1,40 @@
+#!/bin/sh
+# From raw text to a model that completes code, with the commands that a person would type.
+set -eu
+GROUNDUP="${BIN:-.venv/bin}/groundup"
+
+show() {
+    printf '\n\033[1m$ groundup'
+    for word in "$@"; do
+        case $word in *[!A-Za-z0-9_./^=-]*) printf " '%s'" "$word" ;; *) printf ' %s' "$word" ;; esac
+    done
+    printf '\033[0m\n'
+    "$GROUNDUP" "$@"
+}
+
+echo "1. Train: Python's standard library (its tests left out) -> BPE tokenizer -> shards -> a small GPT-2."
+show train python-stdlib --output-dir demo --model gpt2-micro --vocab-size 4096 --validation-fraction 0.05 \
+    --total-batch-tokens 2048 --max-steps 1000 --logging-steps 50 --eval-steps 250 --max-eval-tokens 65536 \
+    --sample-prompt "def "
+
+echo
+echo "2. Measure: every window of the validation files, which the model has not seen."
+show evaluate demo
+
+echo
+echo "3. Complete three function headers that stand nowhere in the training text."
+for header in 'def read_settings_file(path, default=None):' 'def count_words_in_line(line):' \
+    'class TemperatureSensor:\n    def __init__(self, name, unit):'; do
+    prompt=$(printf '%b\n_' "$header")
+    show generate demo --prompt "${prompt%_}" --max-new-tokens 60 --temperature 0.6
+done
+
+cat <<EOF
+
+The curves are in demo/loss.png and demo/perplexity.png, the samples over time in demo/samples.jsonl.
+Next, try:
+  $GROUNDUP generate demo --prompt 'import '                     another prompt
+  $GROUNDUP train python-stdlib --config demo/config.toml --output-dir demo --max-steps 3000   train on
+  $GROUNDUP train YOUR_FOLDER --output-dir my-run                your own text or code
+  $GROUNDUP train --help                                         everything that can be changed
+EOF
