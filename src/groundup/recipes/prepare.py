@@ -100,8 +100,9 @@ def _reuse(request: PrepareRequest, target: Path, say: Say) -> Dataset:
     """The dataset that is there, if it was made as asked for, from sources that have not changed."""
     dataset = open_dataset(target)
     was, now = dataset.manifest["request"], request.description()
-    was = {key: tuple(value) if isinstance(value, list) else value for key, value in was.items()}
-    if differences := [f"{key} {was.get(key)!r} → {now.get(key)!r}" for key in now if was.get(key) != now.get(key)]:
+    # The same text may be spelled by another path: sources are compared by their content.
+    keys = [key for key in now if not key.endswith("sources")]
+    if differences := [f"{key} {was.get(key)!r} → {now[key]!r}" for key in keys if was.get(key) != now[key]]:
         raise ConfigError(
             f"dataset {target}: was made with other options ({'; '.join(differences)}); choose another --output-dir, or "
             "delete it to make it anew"
@@ -110,7 +111,7 @@ def _reuse(request: PrepareRequest, target: Path, say: Say) -> Dataset:
         raise ConfigError(f"dataset {target}: exists, and standard input cannot be compared with it; delete it, or use it")
     if survey(request).digest != dataset.manifest["content_sha256"]:
         raise ConfigError(
-            f"dataset {target}: the text in {', '.join(request.sources)} has changed since it was made; choose another "
+            f"dataset {target}: the text in {', '.join(request.sources)} is not what it was made from; choose another "
             f"--output-dir, or use {target} itself as the source to go on with the old text"
         )
     say(f"dataset {target}: made from the same text before, used as it is")

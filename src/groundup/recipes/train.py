@@ -15,6 +15,7 @@ from groundup.evaluation.measure import byte_frequency_baseline
 from groundup.model.flops import parameter_count, training_flops_per_token
 from groundup.recipes.training import SAMPLES, Training, open_training
 from groundup.runtime.device import peak_flops
+from groundup.runtime.signals import stop_requests
 from groundup.tracking.metrics import METRICS, append_row, read_rows
 from groundup.tracking.pictures import draw_curves
 from groundup.tracking.progress import Progress, step_line
@@ -36,7 +37,7 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
         Stopped: a signal came; a checkpoint was saved.
         DivergedError: too many steps in a row were not finite.
     """
-    with open_training(sources, run, settings, progress.say) as training:
+    with open_training(sources, run, settings, progress.say) as training, stop_requests(progress.say) as should_stop:
         options, state, plan = settings[RunOptions], training.state, training.plan
         saved = state.step
         if state.step >= plan.total_steps:
@@ -46,20 +47,20 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
         peak, peak_origin = peak_flops(training.machine, settings[MachineOptions].peak_tflops)
         progress.say(f"peak: {peak / 1e12:.2f} TFLOP/s ({peak_origin})")
         if options.eval_steps and state.step % options.eval_steps == 0 and not _evaluated(training):
-            _evaluate(training, progress)
+            _evaluate(training, progress, should_stop)
 
         seconds = total_seconds = 0.0
         tokens = 0
         for step in training:
             seconds, total_seconds, tokens = seconds + step.seconds, total_seconds + step.seconds, tokens + step.tokens
-            stopping = training.should_stop()
+            stopping = should_stop()
             last = stopping or step.step == plan.total_steps
             if step.skipped:
                 progress.say(
                     f"step {step.step}: SKIPPED: loss {step.loss}, gradient norm {step.grad_norm} are not finite; "
                     f"nothing was updated ({state.skipped_steps} skipped so far)"
                 )
-            if step.step % options.logging_steps == 0 or last or step.skipped:
+            if step.step == 1 or step.step % options.logging_steps == 0 or last or step.skipped:
                 row = _step_row(training, step, tokens / seconds, peak)
                 append_row(run / METRICS, row)
                 done = step.step - saved
@@ -71,7 +72,7 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
             if stopping:
                 raise Stopped(f"stopped at step {step.step:,} by a signal; {checkpoint} is saved, the same command goes on")
             if options.eval_steps and (last or step.step % options.eval_steps == 0):
-                _evaluate(training, progress)
+                _evaluate(training, progress, should_stop)
         draw_curves(read_rows(run / METRICS), run, run.name)
         return _summary(training, total_seconds)
 
@@ -113,9 +114,9 @@ def _evaluated(training: Training) -> bool:
     return any(row["step"] == training.state.step and "eval_loss" in row for row in rows)
 
 
-def _evaluate(training: Training, progress: Progress) -> None:
+def _evaluate(training: Training, progress: Progress, should_stop: Callable[[], bool]) -> None:
     """Measure, log, sample and draw."""
-    result = training.evaluate()
+    result = training.evaluate(should_stop)
     if result is None:
         return
     state, rows = training.state, training.run / METRICS

@@ -41,7 +41,6 @@ from groundup.recipes.prepare import prepare_dataset, report
 from groundup.runtime.device import Machine
 from groundup.runtime.files import exclusive, existing_parent, explained_os_errors, replace_durably
 from groundup.runtime.random import derive_seed
-from groundup.runtime.signals import stop_requests
 from groundup.tracking.metrics import METRICS, rewind
 from groundup.training.loop import StepResult, training_steps
 from groundup.training.state import TrainState
@@ -65,7 +64,6 @@ class Training:
     plan: Plan
     state: TrainState
     identity: dict[str, Any]
-    should_stop: Callable[[], bool]
 
     def __iter__(self) -> Iterator[StepResult]:
         """Train from where the run is to its planned end, one step at a time."""
@@ -84,7 +82,7 @@ class Training:
             autocast=self.machine.autocast,
         )
 
-    def evaluate(self) -> Evaluation | None:
+    def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
         """Measure on the validation split, on at most ``max_eval_tokens``; None when a stop was asked for meanwhile."""
         batches = evaluation_batches(
             self._windows("validation"),
@@ -93,7 +91,7 @@ class Training:
             self.settings[RunOptions].max_eval_tokens,
         )
         counts = self.dataset.tokenizer.token_byte_counts
-        return evaluate_model(self.model, batches, counts, self.machine.autocast, self.should_stop)
+        return evaluate_model(self.model, batches, counts, self.machine.autocast, should_stop)
 
     def sample(self) -> str:
         """Continue the sample prompt; the same draw at every step, so that samples compare."""
@@ -165,7 +163,6 @@ def open_training(sources: Sequence[str], run: Path, settings: Settings, say: Sa
         require_windows(dataset, options.n_positions)
         dataset.verify()
 
-        should_stop = stack.enter_context(stop_requests(say))
         machine = machine_for(settings[MachineOptions], training=True)
         model_config = GPT2Config(
             vocab_size=dataset.tokenizer.vocab_size,
@@ -196,7 +193,7 @@ def open_training(sources: Sequence[str], run: Path, settings: Settings, say: Sa
         rewind(run / SAMPLES, state.step)
         _write_config(run, sources, settings)
         forward: Forward = torch.compile(model) if settings[MachineOptions].torch_compile else model
-        yield Training(run, settings, dataset, machine, model, forward, optimizer, plan, state, identity, should_stop)
+        yield Training(run, settings, dataset, machine, model, forward, optimizer, plan, state, identity)
 
 
 def _dataset(sources: Sequence[str], run: Path, settings: Settings, say: Say) -> Dataset:
