@@ -26,7 +26,7 @@ class Progress:
         if self._live is None:
             self.say(line)
         else:
-            self._live.update(Text(line, style="bold", no_wrap=True, overflow="ellipsis"), refresh=True)
+            self._live.update(Text(line, style="bold"), refresh=True)
 
 
 @contextmanager
