@@ -63,6 +63,9 @@ def _explain(error: Exception) -> int:
         lines, code = str(error).splitlines(), error.exit_code
     elif isinstance(error, click.Abort):
         lines, code = ["interrupted"], 130
+    elif isinstance(error, click.exceptions.NoArgsIsHelpError):
+        print(error.format_message(), file=sys.stderr)
+        return 2
     elif isinstance(error, click.ClickException):
         command = getattr(getattr(error, "ctx", None), "command_path", "groundup")
         lines, code = [f"{' '.join(error.format_message().split())} ({command} --help lists the options)"], 2

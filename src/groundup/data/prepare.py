@@ -25,6 +25,7 @@ from groundup.errors import DataError
 from groundup.runtime.files import (
     exclusive,
     explained_os_errors,
+    make_directory,
     remove_directory,
     rename_durably,
     sync_directory,
@@ -143,7 +144,7 @@ def prepare(request: PrepareRequest, target: Path, build_tokenizer: BuildTokeniz
     """
     staging = target.parent / f".{target.name}.partial"
     with explained_os_errors(target, "prepare"):
-        staging.mkdir(parents=True, exist_ok=True)
+        make_directory(staging)
         lock = staging / ".lock"
         with exclusive(lock, f"dataset {target}"):
             try:
@@ -166,7 +167,7 @@ def _write_dataset(request: PrepareRequest, staging: Path, build_tokenizer: Buil
         copy_stdin(stdin_copy)
         request = replace(request, read=replace(request.read, stdin_copy=stdin_copy))
     seen = survey(request)
-    say(f"read {seen.documents:,} documents, {seen.bytes:,} bytes{_skipped(seen.report)}")
+    say(f"read {counted(seen.documents, 'document')}, {seen.bytes:,} bytes{_skipped(seen.report)}")
 
     fraction = request.tokenizer_train_bytes / max(1, seen.bytes)
     tokenizer = build_tokenizer(
@@ -200,6 +201,11 @@ def _write_dataset(request: PrepareRequest, staging: Path, build_tokenizer: Buil
     }
     stdin_copy.unlink(missing_ok=True)
     write_manifest(staging, tokenizer, dtype, splits, facts)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 document, 2 documents."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _skipped(report: SourceReport) -> str:

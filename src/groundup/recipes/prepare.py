@@ -7,10 +7,10 @@ from typing import Any
 
 from groundup.config.load import Settings
 from groundup.config.options import DataOptions, TokenizerOptions
-from groundup.data.prepare import PrepareRequest, prepare, survey
+from groundup.data.prepare import PrepareRequest, counted, prepare, survey
 from groundup.data.shards import MANIFEST, Dataset, open_dataset
 from groundup.data.sources import STDIN, ReadOptions
-from groundup.errors import ConfigError
+from groundup.errors import ConfigError, DataError
 from groundup.tokenizer.gpt2_files import gpt2_tokenizer
 from groundup.tokenizer.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from groundup.tokenizer.training import train_bpe
@@ -18,9 +18,12 @@ from groundup.tokenizer.training import train_bpe
 Say = Callable[[str], None]
 
 
-def prepare_dataset(sources: Sequence[str], target: Path, settings: Settings, say: Say) -> Dataset:
+def prepare_dataset(sources: Sequence[str], target: Path, settings: Settings, say: Say, *, replace: bool = False) -> Dataset:
     """
     Make a dataset from sources, or use the one that is there when it was made from the same.
+
+    Args:
+        replace: make it anew where it was made from something else, instead of refusing.
 
     Raises:
         ConfigError: no sources; or the target holds another dataset, or something else.
@@ -30,8 +33,13 @@ def prepare_dataset(sources: Sequence[str], target: Path, settings: Settings, sa
         raise ConfigError("sources: none given; give files or folders, - for standard input, or python-stdlib")
     request = _request(sources, settings)
     if (target / MANIFEST).is_file():
-        return _reuse(request, target, say)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        try:
+            return _reuse(request, target, say)
+        except (ConfigError, DataError):
+            if not replace:
+                raise
+            say(f"dataset {target}: was made from something else; making it anew")
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"output_dir: {target} exists and is no dataset; choose another --output-dir")
     dataset = prepare(request, target, _tokenizer_builder(settings), settings[DataOptions].workers, say)
     report(dataset, say)
@@ -42,8 +50,8 @@ def report(dataset: Dataset, say: Say) -> None:
     """Say what a dataset holds."""
     for name, split in dataset.splits.items():
         ratio = f", {split.bytes / split.tokens:.2f} bytes per token" if split.tokens and split.bytes else ""
-        of = f" of {split.documents:,} documents" if split.documents else ""
-        say(f"{name}: {split.tokens:,} tokens{of} in {len(split.shards)} shards{ratio}")
+        of = f" of {counted(split.documents, 'document')}" if split.documents else ""
+        say(f"{name}: {counted(split.tokens, 'token')}{of} in {counted(len(split.shards), 'shard')}{ratio}")
 
 
 def summary(dataset: Dataset) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from groundup.recipes.loading import is_dataset, open_any_dataset
 from groundup.recipes.machine import machine_for
 from groundup.recipes.prepare import prepare_dataset, report
 from groundup.runtime.device import Machine
-from groundup.runtime.files import exclusive, existing_parent, explained_os_errors, replace_durably
+from groundup.runtime.files import exclusive, existing_parent, explained_os_errors, make_directory, replace_durably
 from groundup.runtime.random import derive_seed
 from groundup.tracking.metrics import METRICS, rewind
 from groundup.training.loop import StepResult, training_steps
@@ -153,9 +153,10 @@ def open_training(sources: Sequence[str], run: Path, settings: Settings, say: Sa
     with ExitStack() as stack:
         stack.enter_context(explained_os_errors(run, "train"))
         stack.enter_context(_explained_memory_errors())
-        run.mkdir(parents=True, exist_ok=True)
+        make_directory(run)
         _require_ours(run)
         stack.enter_context(exclusive(run / LOCK, f"run {run}"))
+        stack.callback(_remove_if_empty, run)
         remove_leftovers(run)
 
         dataset = _dataset(sources, run, settings, say)
@@ -209,7 +210,9 @@ def _dataset(sources: Sequence[str], run: Path, settings: Settings, say: Say) ->
                 )
         report(dataset, say)
         return dataset
-    return prepare_dataset(sources, run / DATASET, settings, say)
+    # Nothing was learned from the dataset of a run without checkpoints: it may still change.
+    fresh = not any(run.glob("checkpoint-*"))
+    return prepare_dataset(sources, run / DATASET, settings, say, replace=fresh)
 
 
 def _given_tokenizer(settings: Settings) -> str | None:
@@ -278,6 +281,13 @@ def _write_config(run: Path, sources: Sequence[str], settings: Settings) -> None
     head = f"# Resolved configuration of this run (groundup {__version__}); start another like it with\n"
     head += f"# groundup train --config {CONFIG} --output-dir ANOTHER\n\n"
     replace_durably(run / CONFIG, (head + tomli_w.dumps(document)).encode())
+
+
+def _remove_if_empty(run: Path) -> None:
+    """Leave no folder behind that holds nothing but the lock: a set-up that failed makes no run."""
+    if run.is_dir() and [path.name for path in run.iterdir()] == [LOCK]:
+        (run / LOCK).unlink()
+        run.rmdir()
 
 
 def _require_ours(run: Path) -> None:

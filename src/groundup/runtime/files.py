@@ -98,6 +98,21 @@ def explained_os_errors(path: Path, what: str) -> Iterator[None]:
         raise
 
 
+def make_directory(path: Path) -> None:
+    """
+    Make a directory for results, with those above it.
+
+    Raises:
+        ConfigError: the place cannot hold one.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: cannot make {path} ({error.strerror}); choose a folder that you may write with --output-dir"
+        ) from error
+
+
 def existing_parent(path: Path) -> Path:
     """The nearest directory above a path that exists."""
     path = path.absolute()
