@@ -60,7 +60,12 @@ def resolve(groups: tuple[type, ...], given: Mapping[str, Given]) -> Settings:
     declared = {f.name: (group, f) for group in groups for f in fields(group)}
     hints = {name: get_type_hints(group)[name] for name, (group, _) in declared.items()}
     problems = [_unknown(name, item, list(declared)) for name, item in given.items() if name not in declared]
-    layered = _with_preset(given, declared) | {k: v for k, v in given.items() if k in declared}
+    try:
+        preset = _with_preset(given, declared)
+    except ConfigError as error:
+        preset = {}
+        problems.append(str(error))
+    layered = preset | {k: v for k, v in given.items() if k in declared}
 
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -95,7 +100,7 @@ def read_config_file(path: Path) -> dict[str, Given]:
     found: dict[str, Given] = {}
     for key, value in document.items():
         inner = value if isinstance(value, dict) else {key: value}
-        found |= {name.replace("-", "_"): Given(item, str(path)) for name, item in inner.items()}
+        found |= {name.replace("-", "_"): Given(item, f"file {path}") for name, item in inner.items()}
     return found
 
 
@@ -115,7 +120,9 @@ def contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> lis
         )
     if values.get("gradient_accumulation_steps") and both_given("total_batch_tokens", "gradient_accumulation_steps"):
         origin = origins["total_batch_tokens"]
-        if not origin.startswith("preset"):
+        # A resolved configuration file holds both; there the accumulation wins, as it did when it was resolved.
+        both_in_file = origin.startswith("file ") and origin == origins["gradient_accumulation_steps"]
+        if not origin.startswith("preset") and not both_in_file:
             problems.append(
                 f"total_batch_tokens: {values['total_batch_tokens']} (from {origin}) and gradient_accumulation_steps "
                 f"{values['gradient_accumulation_steps']} both set the global batch; give one of them"
@@ -193,20 +200,25 @@ def _integer(value: object) -> int:
             value = int(text) if text.lstrip("+-").isdigit() else float(text)
         except ValueError:
             raise ValueError("is not a whole number (524288, 524_288 and 2^19 are)") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**63:
         raise ValueError("is not a whole number (524288, 524_288 and 2^19 are)")
-    return int(value)
+    return value
 
 
 def _number(value: object) -> float:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError("is not a number") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("is not a number")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError("is not a number") from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError("is not a finite number")
-    return float(value)
+    return number
 
 
 def _checked(declaration: Field[Any], value: Any) -> Any:

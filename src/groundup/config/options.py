@@ -301,7 +301,9 @@ class EvaluationOptions:
         "", "Dataset folder, or a text source; by default the validation split of the run's dataset.", why="ours"
     )
     per_device_eval_batch_size: int = option(8, "Windows in one pass of an evaluation.", unit="windows", at_least=1)
-    n_positions: int = option(0, "Context length to evaluate with; 0 is the model's.", unit="tokens", at_least=0)
+    n_positions: int = option(
+        0, "Context length to evaluate with; 0 is the model's.", unit="tokens", at_least=0, why="the model knows its own"
+    )
 
 
 # fmt: on

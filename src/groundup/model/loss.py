@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK_LOGITS = 2**24
 """Logits formed at once: 64 MiB in float32."""
@@ -79,6 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows_gradient, weight_gradient = ctx.gradients
         ctx.gradients = (None, None)
