@@ -30,6 +30,10 @@ NAME = re.compile(r"checkpoint-(\d+)")
 Say = Callable[[str], None]
 
 
+class UnknownVersion(CheckpointError):
+    """Written by another version of groundup: nothing is wrong with it."""
+
+
 def commit(run: Path, step: int, write: Callable[[Path], None]) -> Path:
     """
     Make RUN/checkpoint-``step`` from the files that ``write`` puts into the directory it is given.
@@ -46,13 +50,17 @@ def commit(run: Path, step: int, write: Callable[[Path], None]) -> Path:
             write(staging)
             files = {}
             for path in sorted(staging.iterdir()):
+                # safetensors writes files that only their owner may read; the folder has the user's own mode.
+                path.chmod(staging.stat().st_mode & 0o666)
                 sync_file(path)
                 files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
             write_durably(staging / MANIFEST, _manifest_bytes(step, files))
             sync_directory(staging)
+            replaced = run / f".replaced-{target.name}"
             if target.exists():
-                remove_directory(target)
+                target.rename(replaced)
             rename_durably(staging, target)
+            shutil.rmtree(replaced, ignore_errors=True)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -72,16 +80,19 @@ def verify(checkpoint: Path) -> None:
         manifest: dict[str, Any] = json.loads(content)
         files = manifest["files"]
         if manifest["format"] == FORMAT and manifest["version"] != VERSION:
-            raise CheckpointError(
+            raise UnknownVersion(
                 f"checkpoint {checkpoint}: format version {manifest['version']}, this groundup reads {VERSION}"
             )
         whole = content == _manifest_bytes(manifest["step"], files)
+        own_name = not NAME.fullmatch(checkpoint.name) or step_of(checkpoint) == manifest["step"]
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {checkpoint}: has no {MANIFEST}, so it is not whole") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path}: damaged ({type(error).__name__})") from None
     if not whole:
         raise CheckpointError(f"checkpoint {path}: damaged: its content does not match its own sha256")
+    if not own_name:
+        raise CheckpointError(f"checkpoint {path}: is of step {manifest['step']}, not of the step that its folder's name says")
     for name, facts in files.items():
         file = checkpoint / name
         if "/" in name or file.is_symlink() or not file.is_file():
@@ -119,6 +130,8 @@ def newest_good(run: Path, say: Say) -> Path | None:
         try:
             verify(path)
             return path
+        except UnknownVersion:
+            raise
         except CheckpointError as error:
             aside = _aside(path)
             path.rename(aside)
@@ -140,7 +153,11 @@ def prune(run: Path, keep: int) -> None:
 
 def remove_leftovers(run: Path) -> None:
     """Delete what killed runs left half-written or half-deleted; the caller holds the run's lock."""
-    for pattern in (".checkpoint-*.partial", ".trash-checkpoint-*"):
+    for path in run.glob(".replaced-checkpoint-*"):
+        # Killed between the two renames of a replacement: the old one is the only one.
+        if not (target := run / path.name.removeprefix(".replaced-")).exists():
+            path.rename(target)
+    for pattern in (".checkpoint-*.partial", ".trash-checkpoint-*", ".replaced-checkpoint-*"):
         for path in run.glob(pattern):
             shutil.rmtree(path)
 

@@ -39,3 +39,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Pat
         if parameter is None or (tensor.dim() and tensor.shape != parameter.shape):
             raise CheckpointError(f"checkpoint {path}: {key} {tuple(tensor.shape)} fits no parameter of this model")
         optimizer.state[parameter][slot] = tensor.to(parameter.device)
+    # All or none: before the first update an optimizer has no state.
+    slots = {key.partition("/")[2] for key in tensors}
+    missing = [f"{name}/{slot}" for name in parameters for slot in slots if f"{name}/{slot}" not in tensors]
+    if missing:
+        raise CheckpointError(f"checkpoint {path}: lacks {len(missing)} tensors of the optimizer (first: {missing[0]})")

@@ -55,6 +55,8 @@ def _describe(path: Path) -> tuple[Shard, str]:
         head = file.read(12)
     magic, version, tokens = struct.unpack("<3i", head.ljust(12, b"\0"))
     dtype = LLMC_KINDS.get((magic, version))
+    if dtype is None and magic in {known for known, _ in LLMC_KINDS}:
+        raise DataError(f"dataset file {path}: is llm.c's format in version {version}, which is not known here; convert it")
     if dtype is None:
         if size % 2 or not size:
             raise DataError(

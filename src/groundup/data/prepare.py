@@ -5,14 +5,17 @@ Everything is written into a hidden staging directory beside the target; one ren
 """
 
 import hashlib
+import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import numpy as np
 from groundup.data.shards import SPLITS, Dataset, ShardWriter, Split, dtype_for, open_dataset, write_manifest
 from groundup.data.sources import STDIN, Document, ReadOptions, SourceReport, copy_stdin, documents
 from groundup.data.split import content_hash, in_sample, is_below
-from groundup.errors import DataError
+from groundup.errors import ConfigError, DataError
 from groundup.runtime.files import (
     exclusive,
     explained_os_errors,
@@ -39,6 +42,7 @@ POOL_FROM_BYTES = 2**24
 """Below 16 MiB of text, starting processes costs more than they save."""
 
 Say = Callable[[str], None]
+Digest = bytes
 BuildTokenizer = Callable[[Iterable[str]], Tokenizer]
 
 
@@ -61,9 +65,9 @@ class Survey:
     report: SourceReport = field(default_factory=SourceReport)
     digest: str = ""
     """Hash of every document's content, in order."""
-    lowest: bytes = b"\xff" * 16
-    """The lowest document hash: validation, where no document falls below the fraction."""
-    any_below: bool = False
+    lowest: Digest = b"\xff" * 16
+    highest: Digest = b""
+    """Of the hashes of documents that are split by hash."""
 
     @property
     def documents(self) -> int:
@@ -74,6 +78,17 @@ class Survey:
     def bytes(self) -> int:
         """UTF-8 bytes in all sources."""
         return sum(source.bytes for source in self.sources)
+
+    def is_validation(self, digest: Digest, fraction: float) -> bool:
+        """
+        Whether a document is for validation: its hash is below the fraction.
+
+        Neither side is left empty where there are two different documents: the lowest hash is for validation and the
+        highest for training, wherever the fraction lies.
+        """
+        if fraction <= 0 or digest == self.highest:
+            return False
+        return is_below(digest, fraction) or digest == self.lowest
 
 
 @dataclass(frozen=True)
@@ -104,7 +119,7 @@ def survey(request: PrepareRequest) -> Survey:
     corpus = hashlib.sha256()
     for source in (*request.sources, *request.validation_sources):
         count = size = 0
-        lowest, below = b"\xff" * 16, False
+        lowest, highest = b"\xff" * 16, b""
         for document in documents(source, request.read, found.report):
             digest, characters, length = content_hash(document.open())
             if not characters:
@@ -112,12 +127,12 @@ def survey(request: PrepareRequest) -> Survey:
                 continue
             corpus.update(digest)
             count, size = count + 1, size + length
-            lowest, below = min(lowest, digest), below or is_below(digest, request.validation_fraction)
+            lowest, highest = min(lowest, digest), max(highest, digest)
         corpus.update(b"end of source")
         by_position = count == 1 and not request.validation_sources
         found.sources.append(SourceFacts(source, count, size, by_position))
         if not by_position:
-            found.lowest, found.any_below = min(found.lowest, lowest), found.any_below or below
+            found.lowest, found.highest = min(found.lowest, lowest), max(found.highest, highest)
     found.digest = corpus.hexdigest()
     if not found.documents:
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(found.report.skipped.items()))
@@ -142,7 +157,10 @@ def prepare(request: PrepareRequest, target: Path, build_tokenizer: BuildTokeniz
         ConfigError: the target cannot be written, or another process is writing it.
         ResourceError: the disk is full; nothing is left under the target's name.
     """
-    staging = target.parent / f".{target.name}.partial"
+    real = target.resolve()  # a link to an empty folder stays one
+    if real == Path.cwd():
+        raise ConfigError(f"output_dir: {target} is the working directory, which is about to be replaced; name another folder")
+    staging = real.parent / f".{real.name}.partial"
     with explained_os_errors(target, "prepare"):
         make_directory(staging)
         lock = staging / ".lock"
@@ -152,9 +170,9 @@ def prepare(request: PrepareRequest, target: Path, build_tokenizer: BuildTokeniz
                 _write_dataset(request, staging, build_tokenizer, workers, say)
                 lock.unlink()
                 sync_directory(staging)
-                if target.exists():
-                    remove_directory(target)
-                rename_durably(staging, target)
+                if real.exists():
+                    remove_directory(real)
+                rename_durably(staging, real)
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
@@ -219,8 +237,7 @@ def _skipped(report: SourceReport) -> str:
 def _split_pieces(request: PrepareRequest, seen: Survey, corpus: Any = None) -> Iterator[tuple[str, str, bool]]:
     """Every piece of text with its split, and whether it ends its document, in the canonical order."""
     fraction = request.validation_fraction
-    for facts in seen.sources:
-        validation_source = facts in seen.sources[len(request.sources) :]
+    for number, facts in enumerate(seen.sources):
         for document in documents(facts.source, request.read, SourceReport()):
             digest, characters, _ = content_hash(document.open())
             if not characters:
@@ -228,12 +245,11 @@ def _split_pieces(request: PrepareRequest, seen: Survey, corpus: Any = None) -> 
             if corpus is not None:
                 corpus.update(digest)
             if request.validation_sources:
-                yield from _whole("validation" if validation_source else "train", document)
+                yield from _whole("validation" if number >= len(request.sources) else "train", document)
             elif facts.by_position:
                 yield from _by_position(document, int(characters * (1 - fraction)), characters)
             else:
-                below = is_below(digest, fraction) if seen.any_below else fraction > 0 and digest == seen.lowest
-                yield from _whole("validation" if below else "train", document)
+                yield from _whole("validation" if seen.is_validation(digest, fraction) else "train", document)
         if corpus is not None:
             corpus.update(b"end of source")
 
@@ -304,12 +320,19 @@ _worker_tokenizer: Tokenizer
 
 
 def _start_worker(tokenizer_json: str, end_of_text: str) -> None:
-    import signal
-
     global _worker_tokenizer
-    # Ctrl-C reaches the whole process group; the parent decides.
+    # Ctrl-C and SIGTERM may reach the whole process group; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_tokenizer = Tokenizer(tokenizer_json, end_of_text)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, however it went: a pool's worker would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _encode_in_worker(task: Task) -> TokenArray:
@@ -325,7 +348,9 @@ def _encoded(tasks: Iterable[Task], tokenizer: Tokenizer, workers: int) -> Itera
         return
     waiting: deque[tuple[str, Future[TokenArray]]] = deque()
     # spawn: a forked child of a process that runs threads can hang.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer.json, tokenizer.end_of_text)) as pool:
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer.json, tokenizer.end_of_text)
+    ) as pool:
         try:
             for task in tasks:
                 waiting.append((task.split, pool.submit(_encode_in_worker, task)))

@@ -208,7 +208,7 @@ def write_manifest(directory: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], 
         "splits": {name: {"tokens": split.tokens, **asdict(split)} for name, split in splits.items()},
         **facts,
     }
-    write_durably(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode())
+    write_durably(directory / MANIFEST, json.dumps(manifest, indent=2).encode())
 
 
 def open_dataset(directory: Path) -> Dataset:
@@ -227,9 +227,10 @@ def open_dataset(directory: Path) -> Dataset:
                 f"{FORMAT!r} version {VERSION}; prepare it again"
             )
         splits = {
-            name: Split(tuple(Shard(**shard) for shard in split["shards"]), split["documents"], split["bytes"])
-            for name, split in manifest["splits"].items()
-        }
+            name: Split(tuple(_shard(shard) for shard in manifest["splits"][name]["shards"]),
+                        int(manifest["splits"][name]["documents"]), int(manifest["splits"][name]["bytes"]))
+            for name in SPLITS
+        }  # fmt: skip
         tokenizer = load_tokenizer(directory)
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         expected = manifest["tokenizer_sha256"]
@@ -248,6 +249,13 @@ def open_dataset(directory: Path) -> Dataset:
         for shard in split.shards:
             _require_size(directory / shard.name, shard, dtype)
     return Dataset(directory, tokenizer, dtype, splits, manifest)
+
+
+def _shard(described: dict[str, Any]) -> Shard:
+    shard = Shard(**described)
+    if not (isinstance(shard.tokens, int) and isinstance(shard.header_bytes, int) and isinstance(shard.sha256, str)):
+        raise TypeError(f"shard {shard.name}: wrong types")
+    return shard
 
 
 def require_windows(dataset: Dataset, length: int, splits: Sequence[str] = SPLITS) -> None:

@@ -27,6 +27,8 @@ PYTHON_STDLIB = "python-stdlib"
 STDIN = "-"
 CHUNK_BYTES = 2**20
 SNIFF_BYTES = 2**13
+ZSTD_READ_BYTES = 2**10
+"""Compressed bytes unpacked at once: a block of zstd unpacks to 128 KiB at most, and the smallest takes a few bytes."""
 TABLES = (".jsonl", ".csv", ".parquet")
 STDLIB_TEST_FOLDERS = ("test", "tests", "idle_test", "site-packages", "dist-packages")
 
@@ -75,13 +77,18 @@ def documents(source: str, options: ReadOptions, report: SourceReport) -> Iterat
             yield from _file_documents(path, str(path.relative_to(root)), options, report, explicit=False)
         return
     path = Path(source)
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({getattr(error, 'strerror', error)})"
+        raise DataError(
+            f"source {source}: not found{reason}; give a file, a folder, - for standard input, or {PYTHON_STDLIB}"
+        ) from None
     if path.is_dir():
         for file in _walk_folder(path, report):
             yield from _file_documents(file, str(file.relative_to(path)), options, report, explicit=False)
-    elif path.exists():
-        yield from _file_documents(path, path.name, options, report, explicit=True)
     else:
-        raise DataError(f"source {source}: not found; give a file, a folder, - for standard input, or {PYTHON_STDLIB}")
+        yield from _file_documents(path, path.name, options, report, explicit=True)
 
 
 def copy_stdin(target: Path) -> None:
@@ -112,28 +119,43 @@ def _walk_folder(root: Path, report: SourceReport) -> Iterator[Path]:
         rules = folder / ".gitignore"
         if rules.is_file():
             lines = rules.read_text(encoding="utf-8", errors="replace").splitlines()
-            ignores = (*ignores, (folder, pathspec.GitIgnoreSpec.from_lines(lines)))
+            ignores = (*ignores, (folder, pathspec.GitIgnoreSpec.from_lines(filter(_is_git_pattern, lines))))
         for entry in entries:
             path = Path(entry.path)
             if entry.name.startswith("."):
                 report.skipped["hidden"] += 1
-            elif _is_ignored(path, entry.is_dir(), ignores):
+            elif _is_ignored(path, entry.is_dir(follow_symlinks=False), ignores):
                 report.skipped["git-ignored"] += 1
             elif entry.is_dir(follow_symlinks=False):
                 yield from walk(path, ignores)
-            elif not entry.is_file():
+            elif not _is_regular_file(path):
                 # A link to a folder can loop, a pipe can block: neither is followed.
                 report.skipped["not a regular file"] += 1
+            elif (path.stat().st_dev, path.stat().st_ino) in seen:
+                report.skipped["seen already (link)"] += 1
             else:
-                status = entry.stat()
-                if (status.st_dev, status.st_ino) in seen:
-                    report.skipped["seen already (link)"] += 1
-                    continue
-                if status.st_nlink > 1 or entry.is_symlink():
-                    seen.add((status.st_dev, status.st_ino))
+                seen.add((path.stat().st_dev, path.stat().st_ino))
                 yield path
 
     yield from walk(root, ())
+
+
+def _is_git_pattern(line: str) -> bool:
+    """Whether a line of a .gitignore means anything; git passes over the others."""
+    import pathspec
+
+    try:
+        pathspec.GitIgnoreSpec.from_lines([line])
+    except ValueError:
+        return False
+    return True
+
+
+def _is_regular_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:  # a link to nothing, or to itself
+        return False
 
 
 def _is_ignored(path: Path, is_folder: bool, ignores: tuple[tuple[Path, Any], ...]) -> bool:
@@ -154,7 +176,7 @@ def _file_documents(path: Path, name: str, options: ReadOptions, report: SourceR
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"source {label}: is not a regular file; use - to read from a pipe")
-        kind = path.name.removesuffix(".gz").removesuffix(".zst").lower()
+        kind = path.name.lower().removesuffix(".gz").removesuffix(".zst")
         if kind.endswith(TABLES):
             yield from _table_documents(path, name, kind, options, report)
             return
@@ -209,6 +231,19 @@ def _decoded(path: Path, label: str, errors: str, report: SourceReport) -> Itera
                 return
 
 
+def _lines(path: Path, options: ReadOptions, report: SourceReport) -> Iterator[str]:
+    """The decoded lines of a table with their line ends, without the byte-order mark that spreadsheets write."""
+    rest, first = "", True
+    for text in _decoded(path, str(path), options.encoding_errors, report):
+        if first:
+            text, first = text.removeprefix("\ufeff"), False
+        *whole, rest = (rest + text).split("\n")
+        for line in whole:
+            yield line + "\n"
+    if rest:
+        yield rest
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading, decompressing .gz and .zst; damage becomes an error that names the file."""
@@ -238,6 +273,7 @@ class _ZstdFrames(io.RawIOBase):
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
         self._pending = b""
+        self._given = 0
 
     def readable(self) -> bool:
         """Always."""
@@ -247,7 +283,7 @@ class _ZstdFrames(io.RawIOBase):
         """Fill ``target`` with decompressed bytes; 0 only at the end of a whole frame."""
         while not self._pending:
             between_frames = self._frame is None or self._frame.eof
-            block = (self._frame.unused_data if self._frame and between_frames else b"") or self._raw.read(2**16)
+            block = (self._frame.unused_data if self._frame and between_frames else b"") or self._raw.read(ZSTD_READ_BYTES)
             if not block and between_frames:
                 return 0
             if not block:
@@ -255,46 +291,48 @@ class _ZstdFrames(io.RawIOBase):
             if between_frames:
                 self._frame = self._new_frame()
             self._pending = self._frame.decompress(block)
-        count = min(len(target), len(self._pending))
-        target[:count], self._pending = self._pending[:count], self._pending[count:]
+            self._given = 0
+        count = min(len(target), len(self._pending) - self._given)
+        target[:count] = self._pending[self._given : self._given + count]
+        self._given += count
+        if self._given == len(self._pending):
+            self._pending = b""
         return count
 
 
 def _table_documents(path: Path, name: str, kind: str, options: ReadOptions, report: SourceReport) -> Iterator[Document]:
     rows = _parquet_rows if kind.endswith(".parquet") else _csv_rows if kind.endswith(".csv") else _jsonl_rows
-    for number, text in rows(path, options):
+    for number, text in rows(path, options, report):
         if text:
             yield Document(f"{name}:{number}", lambda text=text: iter((text,)))  # type: ignore[misc]
         else:
             report.skipped["empty"] += 1
 
 
-def _jsonl_rows(path: Path, options: ReadOptions) -> Iterator[tuple[int, str]]:
-    with _opened(path) as file:
-        for number, line in enumerate(io.TextIOWrapper(file, "utf-8", errors=options.encoding_errors, newline="\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"source {path}, line {number}: is not JSON ({error}); each line is one object") from None
-            if not isinstance(row, dict):
-                raise DataError(f"source {path}, line {number}: is not a JSON object; each line is one object")
-            yield number, _column(row, path, number, options.text_column)
-
-
-def _csv_rows(path: Path, options: ReadOptions) -> Iterator[tuple[int, str]]:
-    csv.field_size_limit(2**31 - 1)
-    with _opened(path) as file:
-        reader = csv.DictReader(io.TextIOWrapper(file, "utf-8", errors=options.encoding_errors, newline=""))
+def _jsonl_rows(path: Path, options: ReadOptions, report: SourceReport) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(_lines(path, options, report), 1):
+        if not line.strip():
+            continue
         try:
-            for row in reader:
-                yield reader.line_num, _column(row, path, reader.line_num, options.text_column)
-        except csv.Error as error:
-            raise DataError(f"source {path}, line {reader.line_num}: is not CSV ({error})") from None
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"source {path}, line {number}: is not JSON ({error}); each line is one object") from None
+        if not isinstance(row, dict):
+            raise DataError(f"source {path}, line {number}: is not a JSON object; each line is one object")
+        yield number, _column(row, path, number, options.text_column)
 
 
-def _parquet_rows(path: Path, options: ReadOptions) -> Iterator[tuple[int, str]]:
+def _csv_rows(path: Path, options: ReadOptions, report: SourceReport) -> Iterator[tuple[int, str]]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(_lines(path, options, report))
+    try:
+        for row in reader:
+            yield reader.line_num, _column(row, path, reader.line_num, options.text_column)
+    except csv.Error as error:
+        raise DataError(f"source {path}, line {reader.line_num}: is not CSV ({error})") from None
+
+
+def _parquet_rows(path: Path, options: ReadOptions, report: SourceReport) -> Iterator[tuple[int, str]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -309,7 +347,9 @@ def _parquet_rows(path: Path, options: ReadOptions) -> Iterator[tuple[int, str]]
                 for value in batch.column(0).to_pylist():
                     number += 1
                     yield number, _column({column: value}, path, number, column)
-    except pyarrow.ArrowException as error:
+    except PermissionError:
+        raise
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"source {path}: cannot be read as parquet ({error})") from None
 
 

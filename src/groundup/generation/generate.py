@@ -31,6 +31,7 @@ def generate_tokens(
     *,
     max_new_tokens: int,
     end_of_text_id: int,
+    usable_ids: int | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     use_cache: bool = True,
 ) -> Iterator[int]:
@@ -40,6 +41,7 @@ def generate_tokens(
     Args:
         prompt: at least one token id.
         choose: from logits (V,) to a token id.
+        usable_ids: only ids below this are chosen: a padded vocabulary has ids without a token.
         use_cache: False computes every step from scratch; the tokens are the same.
     """
     config = model.config
@@ -61,7 +63,7 @@ def generate_tokens(
             new = ids[start + cache.length :]
         with torch.inference_mode(), autocast():
             hidden = model(torch.tensor([new], device=model.head_weight.device), cache)
-            token = choose(model.logits(hidden[0, -1]))
+            token = choose(model.logits(hidden[0, -1])[:usable_ids])
         yield token
         if token == end_of_text_id:
             return

@@ -6,11 +6,12 @@ The only difference from our modules is that their linear layers are ``Conv1D``:
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -83,11 +84,22 @@ def load_model(directory: Path) -> GPT2:
     config = _read_config(directory / "config.json")
     path = directory / "model.safetensors"
     try:
-        tensors = from_hugging_face(load_file(path))
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        # Before anything is built: a small file must not ask for a billion layers.
+        if config.n_layer > len(names):
+            raise CheckpointError(f"checkpoint {path}: holds {len(names)} tensors, config.json says n_layer {config.n_layer}")
+        raw = load_file(path)
+        tensors = from_hugging_face(raw)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); use another checkpoint") from None
     with torch.device("meta"):
         model = GPT2(config)
+    head = raw.get("lm_head.weight")
+    if head is not None and "wte.weight" in tensors and not torch.equal(head, tensors["wte.weight"]):
+        raise CheckpointError(
+            f"checkpoint {path}: its head is not its token embedding; GPT-2's are tied, so this is another model"
+        )
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
@@ -101,19 +113,38 @@ def load_model(directory: Path) -> GPT2:
     return model.eval()
 
 
+# What other values of these mean is another computation than GPT-2's.
+REQUIRED = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "tie_word_embeddings": True,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+
+
 def _read_config(path: Path) -> GPT2Config:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["model_type"] != "gpt2" or raw.get("activation_function", "gelu_new") != "gelu_new":
-            raise CheckpointError(
-                f"checkpoint {path}: is a {raw['model_type']!r} with {raw.get('activation_function')!r}, not a GPT-2 "
-                "with gelu_new"
-            )
-        names = GPT2Config.__dataclass_fields__
-        config = GPT2Config(**{name: raw[name] or 0 for name in names if name in raw})
-        sizes = (config.vocab_size, config.n_positions, config.n_embd, config.n_layer, config.n_head)
-        if min(sizes) < 1 or max(sizes) > 2**24 or config.n_embd % config.n_head:
-            raise ValueError(f"impossible sizes {sizes}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raw.setdefault("model_type", None)
+        raw["n_inner"] = raw.get("n_inner") or 0
+        for name, required in REQUIRED.items():
+            if raw.get(name, required) != required:
+                raise CheckpointError(
+                    f"checkpoint {path}: {name} is {raw[name]!r}, GPT-2's is {required!r}; this is another model"
+                )
+        known = {f.name: (f.type, raw[f.name]) for f in fields(GPT2Config) if f.name in raw}
+        for name, (kind, value) in known.items():
+            is_fraction = name.endswith("pdrop")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value <= (1 if is_fraction else 2**24) or (kind is int and not isinstance(value, int)):
+                raise ValueError(f"{name} {value!r}")
+        config = GPT2Config(**{name: kind(value) for name, (kind, value) in known.items()})
+        if min(config.vocab_size, config.n_positions, config.n_embd, config.n_layer, config.n_head) < 1:
+            raise ValueError("a size below 1")
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read as a GPT-2's config.json ({error})") from None
     return config

@@ -72,6 +72,7 @@ def complete(loaded: Loaded, prompt: str, options: GenerationOptions, stream: Sa
             choose,
             max_new_tokens=options.max_new_tokens,
             end_of_text_id=tokenizer.end_of_text_id,
+            usable_ids=tokenizer.vocab_size,
             autocast=autocast,
         ):
             ids.append(token)

@@ -11,6 +11,7 @@ from groundup.data.prepare import PrepareRequest, counted, prepare, survey
 from groundup.data.shards import MANIFEST, Dataset, open_dataset
 from groundup.data.sources import STDIN, ReadOptions
 from groundup.errors import ConfigError, DataError
+from groundup.runtime.files import explained_os_errors
 from groundup.tokenizer.gpt2_files import gpt2_tokenizer
 from groundup.tokenizer.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from groundup.tokenizer.training import train_bpe
@@ -32,7 +33,9 @@ def prepare_dataset(sources: Sequence[str], target: Path, settings: Settings, sa
     if not sources:
         raise ConfigError("sources: none given; give files or folders, - for standard input, or python-stdlib")
     request = _request(sources, settings)
-    if (target / MANIFEST).is_file():
+    with explained_os_errors(target, "prepare"):
+        exists = (target / MANIFEST).is_file()
+    if exists:
         try:
             return _reuse(request, target, say)
         except (ConfigError, DataError):
@@ -114,6 +117,11 @@ def _reuse(request: PrepareRequest, target: Path, say: Say) -> Dataset:
         raise ConfigError(
             f"dataset {target}: was made with other options ({'; '.join(differences)}); choose another --output-dir, or "
             "delete it to make it anew"
+        )
+    if Path(request.tokenizer).exists() and tokenizer_named(request.tokenizer).sha256 != dataset.tokenizer.sha256:
+        raise ConfigError(
+            f"dataset {target}: was made with another tokenizer than {request.tokenizer} holds now; choose another "
+            "--output-dir, or delete it to make it anew"
         )
     if STDIN in (*request.sources, *request.validation_sources):
         raise ConfigError(f"dataset {target}: exists, and standard input cannot be compared with it; delete it, or use it")

@@ -90,7 +90,15 @@ def explained_os_errors(path: Path, what: str) -> Iterator[None]:
                 f"{what}: no space left at {path} ({free / 2**20:,.0f} MiB free); nothing was lost, free some space "
                 "or choose another --output-dir, and run the same command again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+        if error.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.ENAMETOOLONG,
+            errno.EEXIST,
+        ):
             raise ConfigError(
                 f"{what}: cannot write {error.filename or path} ({error.strerror}); choose a folder that you may write "
                 "with --output-dir"

@@ -1,8 +1,11 @@
 """Cut a long text into pieces that tokenize as the whole does, so that memory stays bounded."""
 
+import re
 from collections.abc import Iterable, Iterator
 
 PIECE_CHARACTERS = 2**18
+SAFE_PLACE = re.compile(r"(?<=[^\W_])[ \n]")
+"""A space or newline after a letter or digit."""
 
 
 def pieces(chunks: Iterable[str], size: int = PIECE_CHARACTERS) -> Iterator[str]:
@@ -25,12 +28,6 @@ def pieces(chunks: Iterable[str], size: int = PIECE_CHARACTERS) -> Iterator[str]
 
 
 def _cut(text: str, size: int) -> int:
-    end = 2 * size
-    while end > size:
-        place = max(text.rfind(" ", size, end), text.rfind("\n", size, end))
-        if place < 0:
-            break
-        if text[place - 1].isalnum():
-            return place
-        end = place
-    return 2 * size
+    """The first safe place from ``size`` on, or 2 × ``size`` where there is none."""
+    found = SAFE_PLACE.search(text, size, 2 * size)
+    return found.start() if found else 2 * size

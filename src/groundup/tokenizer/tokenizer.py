@@ -28,6 +28,14 @@ GPT2_PATTERN_POSSESSIVE = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )  # fmt: skip
 
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TOTAL_PATTERNS = frozenset({GPT2_PATTERN, rf"{_LETTERS}|\p{{N}}{{1,3}}|{_REST}", rf"{_LETTERS}|\p{{N}}|{_REST}"})
+"""
+GPT-2's, Llama 3's and Qwen 2's: patterns that match every character. What another leaves between its matches, tiktoken
+would drop and tokenizers keep.
+"""
+
 TokenArray = npt.NDArray[np.uint32]
 
 
@@ -59,6 +67,8 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"tokenizer {origin}: cannot be read as a tokenizer.json: {error}") from None
         self._slow.encode_special_tokens = True
+        self._slow.no_truncation()
+        self._slow.no_padding()
         self._require_byte_level(origin)
         end_id = self._slow.token_to_id(end_of_text)
         if end_id is None:
@@ -131,6 +141,8 @@ class Tokenizer:
         """The regular expression that cuts text before merging, or None where the file does something else too."""
         if self._spec.get("normalizer") is not None:
             return None
+        if any(not token.get("special") for token in self._spec.get("added_tokens", [])):
+            return None  # it matches in ordinary text, before the pattern cuts
         stage = self._spec["pre_tokenizer"]
         if stage["type"] == "ByteLevel" and stage.get("use_regex", True) and not stage["add_prefix_space"]:
             return GPT2_PATTERN_POSSESSIVE
@@ -139,7 +151,7 @@ class Tokenizer:
             plain = not level.get("use_regex", True) and not level.get("add_prefix_space")
             if split["type"] == "Split" and split["behavior"] == "Isolated" and not split["invert"] and plain:
                 pattern: str | None = split["pattern"].get("Regex")
-                return pattern
+                return pattern if pattern in TOTAL_PATTERNS else None
         return None
 
     def _merges_follow_ranks(self) -> bool:
@@ -171,9 +183,15 @@ class Tokenizer:
     def _require_byte_level(self, origin: str) -> None:
         stage = self._spec.get("pre_tokenizer") or {}
         stages = stage.get("pretokenizers", [stage])
-        if self._spec["model"]["type"] != "BPE" or not any(part.get("type") == "ByteLevel" for part in stages):
+        kind = self._spec["model"].get("type", "of no type")
+        if any(part.get("add_prefix_space") for part in stages):
             raise DataError(
-                f"tokenizer {origin}: model {self._spec['model']['type']} is not byte-level BPE; use a tokenizer of "
+                f"tokenizer {origin}: puts a space before every text (add_prefix_space), so it does not give back what it was "
+                "given; use one without"
+            )
+        if kind != "BPE" or not any(part.get("type") == "ByteLevel" for part in stages):
+            raise DataError(
+                f"tokenizer {origin}: model {kind} is not byte-level BPE; use a tokenizer of "
                 "GPT-2's kind (GPT-2, Llama 3, Qwen, StarCoder), or --tokenizer bpe to train one"
             )
 
@@ -223,7 +241,7 @@ def from_gpt2_files(vocab: Path, merges: Path) -> Tokenizer:
         lines = merges.read_text(encoding="utf-8").split("\n")
         pairs = [(left, right) for left, right in (line.split(" ") for line in lines[1:] if line)]
         return from_merges(ids, pairs)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # the library raises bare Exception
         raise DataError(f"tokenizer {vocab}, {merges}: cannot be read as GPT-2's files: {error}") from None
 
 
