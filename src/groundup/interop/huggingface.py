@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,7 +87,7 @@ def load_model(directory: Path) -> GPT2:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
         # Before anything is built: a small file must not ask for a billion layers.
-        if config.n_layer > len(names):
+        if config.n_layer > 100 + len(names):
             raise CheckpointError(f"checkpoint {path}: holds {len(names)} tensors, config.json says n_layer {config.n_layer}")
         raw = load_file(path)
         tensors = from_hugging_face(raw)
@@ -97,9 +97,7 @@ def load_model(directory: Path) -> GPT2:
         model = GPT2(config)
     head = raw.get("lm_head.weight")
     if head is not None and "wte.weight" in tensors and not torch.equal(head, tensors["wte.weight"]):
-        raise CheckpointError(
-            f"checkpoint {path}: its head is not its token embedding; GPT-2's are tied, so this is another model"
-        )
+        raise CheckpointError(f"checkpoint {path}: lm_head.weight is not wte.weight; GPT-2's head is tied: another model")
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
@@ -131,10 +129,9 @@ def _read_config(path: Path) -> GPT2Config:
         raw["n_inner"] = raw.get("n_inner") or 0
         for name, required in REQUIRED.items():
             if raw.get(name, required) != required:
-                raise CheckpointError(
-                    f"checkpoint {path}: {name} is {raw[name]!r}, GPT-2's is {required!r}; this is another model"
-                )
-        known = {f.name: (f.type, raw[f.name]) for f in fields(GPT2Config) if f.name in raw}
+                raise CheckpointError(f"checkpoint {path}: {name} is {raw[name]!r}, GPT-2 has {required!r}: another model")
+        hints = get_type_hints(GPT2Config)
+        known = {f.name: (hints[f.name], raw[f.name]) for f in fields(GPT2Config) if f.name in raw}
         for name, (kind, value) in known.items():
             is_fraction = name.endswith("pdrop")
             number = isinstance(value, int | float) and not isinstance(value, bool)

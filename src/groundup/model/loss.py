@@ -41,13 +41,19 @@ def next_token_scores(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> tu
     """
     rows, flat = hidden.reshape(-1, hidden.size(-1)), labels.reshape(-1)
     losses, hits = [], []
-    block = max(1, BLOCK_LOGITS // head_weight.size(0))
+    block = _block_rows(head_weight.size(0))
     for start in range(0, rows.size(0), block):
         logits = torch.nn.functional.linear(rows[start : start + block], head_weight).float()  # (N, V)
         y = flat[start : start + block]
         losses.append(torch.nn.functional.cross_entropy(logits, y, reduction="none"))
         hits.append(logits.argmax(-1) == y)
     return torch.cat(losses), torch.cat(hits)
+
+
+def _block_rows(vocab_size: int) -> int:
+    """Rows of a block; a multiple of 64, which matrix units like, where there are that many."""
+    rows = max(1, BLOCK_LOGITS // vocab_size)
+    return rows - rows % 64 if rows >= 64 else rows
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -62,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = torch.zeros((), device=rows.device, dtype=torch.float32 if dtype != torch.float64 else dtype)
             rows_gradient = torch.empty_like(rows) if needs_gradient else None
             weight_gradient = torch.zeros_like(weight) if needs_gradient else None
-            block = max(1, BLOCK_LOGITS // weight.size(0))
+            block = _block_rows(weight.size(0))
             for start in range(0, rows.size(0), block):
                 x = rows[start : start + block].to(dtype)  # (N, C)
                 y = labels[start : start + block, None]  # (N, 1)
