@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+# Models this small wait for their own threads: on a busy machine two threads are a hundred times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 # A model that trains 100 steps in about a second, in float32 so that sums compare.

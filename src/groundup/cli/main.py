@@ -60,8 +60,9 @@ def _explain(error: Exception) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     if isinstance(error, GroundupError):
-        # One line for each problem, also where a file's name holds a line break.
-        lines, code = str(error).split("\n"), error.exit_code
+        # A configuration lists its problems; elsewhere a line break can only come from a file's name.
+        lines = str(error).split("\n") if isinstance(error, ConfigError) else [str(error).replace("\n", "\\n")]
+        code = error.exit_code
     elif isinstance(error, click.Abort):
         lines, code = ["interrupted"], 130
     elif isinstance(error, click.exceptions.NoArgsIsHelpError):
@@ -133,6 +134,7 @@ def _verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.
             layers = read_config_file(Path(config)) if config else {}
             if "sources" in layers:
                 from_file = layers.pop("sources").value
+                from_file = [from_file] if isinstance(from_file, str) else from_file
                 if not isinstance(from_file, list) or not all(isinstance(source, str) for source in from_file):
                     raise ConfigError(f"sources: {from_file!r} (from file {config}) is not a list of texts")
                 own["sources"] = own.get("sources") or from_file

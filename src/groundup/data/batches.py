@@ -14,6 +14,8 @@ from groundup.data.order import window_ids
 from groundup.data.shards import TokenStream
 
 READ_AHEAD_BATCHES = 2
+WINDOWS_BETWEEN_CHECKS = 256
+"""Windows read between two looks at whether the run has stopped."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,13 @@ def global_batches(
         sample = first_sample
         try:
             while not stopped.is_set():
-                tokens = windows.tokens(window_ids(seed, sample, windows_per_step, len(windows)))
+                ids = window_ids(seed, sample, windows_per_step, len(windows))
+                parts = []
+                for start in range(0, len(ids), WINDOWS_BETWEEN_CHECKS):
+                    if stopped.is_set():
+                        return
+                    parts.append(windows.tokens(ids[start : start + WINDOWS_BETWEEN_CHECKS]))
+                tokens = np.concatenate(parts)
                 digest = hashlib.blake2b(tokens.astype("<u4").tobytes(), digest_size=16).hexdigest()
                 offer(GlobalBatch(to_batch(tokens, device), digest))
                 sample += windows_per_step

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 BLOCK_LOGITS = 2**24
 """Logits formed at once: 64 MiB in float32."""
@@ -86,8 +85,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("this loss is differentiable once; a second derivative needs F.linear and F.cross_entropy")
         rows_gradient, weight_gradient = ctx.gradients
+        if rows_gradient is None:
+            raise RuntimeError("the gradients of this loss were used already; compute the loss again")
         ctx.gradients = (None, None)
         return rows_gradient.mul_(slopes[0]), weight_gradient.mul_(slopes[0]), None, None

@@ -41,13 +41,16 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
         options, state, plan = settings[RunOptions], training.state, training.plan
         saved = state.step
         if state.step >= plan.total_steps:
+            if options.eval_steps and not _evaluated(training):
+                _evaluate(training, progress, should_stop)
             progress.say(f"run {run}: already complete at step {state.step:,}; raise --max-steps to go on")
             return _summary(training, 0.0)
         _describe(training, progress.say)
         peak, peak_origin = peak_flops(training.machine, settings[MachineOptions].peak_tflops)
         progress.say(f"peak: {peak / 1e12:.2f} TFLOP/s ({peak_origin})")
-        if options.eval_steps and state.step % options.eval_steps == 0 and not _evaluated(training):
-            _evaluate(training, progress, should_stop)
+        due = options.eval_steps and state.step % options.eval_steps == 0 and not _evaluated(training)
+        if due and not _evaluate(training, progress, should_stop):
+            raise _stopped(state.step, training.save())
 
         seconds = total_seconds = 0.0
         tokens = 0
@@ -67,14 +70,21 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
                 progress.step(step_line(row, plan.total_steps, total_seconds / done * (plan.total_steps - step.step)))
                 seconds, tokens = 0.0, 0
             # Saved before it is evaluated: an evaluation that is killed loses no training.
+            checkpoint = None
             if last or (options.save_steps and step.step % options.save_steps == 0):
                 checkpoint = training.save()
-            if stopping:
-                raise Stopped(f"stopped at step {step.step:,} by a signal; {checkpoint} is saved, the same command goes on")
-            if options.eval_steps and (last or step.step % options.eval_steps == 0):
-                _evaluate(training, progress, should_stop)
+            if stopping and checkpoint:
+                raise _stopped(step.step, checkpoint)
+            due = options.eval_steps and (last or step.step % options.eval_steps == 0)
+            # An evaluation that a signal ended is made up for when the run goes on, from this very step.
+            if due and not _evaluate(training, progress, should_stop):
+                raise _stopped(step.step, checkpoint or training.save())
         draw_curves(read_rows(run / METRICS), run, run.name)
         return _summary(training, total_seconds)
+
+
+def _stopped(step: int, checkpoint: Path) -> Stopped:
+    return Stopped(f"stopped at step {step:,} by a signal; {checkpoint} is saved, the same command goes on")
 
 
 def _describe(training: Training, say: Say) -> None:
@@ -114,11 +124,11 @@ def _evaluated(training: Training) -> bool:
     return any(row["step"] == training.state.step and "eval_loss" in row for row in rows)
 
 
-def _evaluate(training: Training, progress: Progress, should_stop: Callable[[], bool]) -> None:
-    """Measure, log, sample and draw."""
+def _evaluate(training: Training, progress: Progress, should_stop: Callable[[], bool]) -> bool:
+    """Measure, log, sample and draw; False when a signal ended it."""
     result = training.evaluate(should_stop)
     if result is None:
-        return
+        return False
     state, rows = training.state, training.run / METRICS
     append_row(
         rows,
@@ -143,6 +153,7 @@ def _evaluate(training: Training, progress: Progress, should_stop: Callable[[], 
         append_row(training.run / SAMPLES, {"step": state.step, "prompt": options.sample_prompt, "text": text})
         progress.say(f"  sample: {json.dumps(options.sample_prompt + text, ensure_ascii=False)}")
     draw_curves(read_rows(rows), training.run, training.run.name)
+    return True
 
 
 def _step_row(training: Training, step: StepResult, tokens_per_second: float, peak: float) -> dict[str, Any]:

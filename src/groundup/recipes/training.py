@@ -190,8 +190,9 @@ def open_training(sources: Sequence[str], run: Path, settings: Settings, say: Sa
             _say_changes(run, settings, say)
             say(f"resuming from {checkpoint.name}: {state.tokens_seen:,} tokens seen")
         _require_disk_space(run, model)
-        rewind(run / METRICS, state.step)
-        rewind(run / SAMPLES, state.step)
+        kept_steps = -1 if checkpoint is None else state.step
+        rewind(run / METRICS, kept_steps)
+        rewind(run / SAMPLES, kept_steps)
         _write_config(run, sources, settings)
         forward: Forward = torch.compile(model) if settings[MachineOptions].torch_compile else model
         yield Training(run, settings, dataset, machine, model, forward, optimizer, plan, state, identity)
@@ -231,8 +232,11 @@ def _fresh_model(config: GPT2Config, seed: int) -> GPT2:
 
 def _identity(config: GPT2Config, dataset: Dataset, settings: Settings, plan: Plan) -> dict[str, Any]:
     """What must not change between the parts of one run."""
+    dropout = max(config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) > 0
     return {
         **asdict(config),
+        # A pass draws one mask for all its windows.
+        **({"per_device_train_batch_size": settings[BatchOptions].per_device_train_batch_size} if dropout else {}),
         "tokenizer_sha256": dataset.tokenizer.sha256,
         "dataset_sha256": dataset.identity,
         "seed": settings[RunOptions].seed,

@@ -4,10 +4,14 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
+
+from safetensors import SafetensorError
 
 from groundup.errors import ConfigError, ResourceError
 
@@ -83,7 +87,12 @@ def explained_os_errors(path: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as caught:
+        # safetensors reports the system's refusals in words: "… (os error 28)".
+        number = re.search(r"os error (\d+)", str(caught)) if isinstance(caught, SafetensorError) else None
+        if isinstance(caught, SafetensorError) and number is None:
+            raise
+        error = OSError(int(number[1]), os.strerror(int(number[1]))) if number else cast("OSError", caught)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(existing_parent(path)).free
             raise ResourceError(

@@ -22,7 +22,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a run; a last line that a killed process left torn is not one."""
     rows: list[dict[str, Any]] = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 row = json.loads(line)
             except ValueError:

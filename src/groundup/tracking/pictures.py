@@ -40,7 +40,8 @@ def _draw(
         axes.annotate(f"{values[-1]:.3g}", (steps[-1], values[-1]), textcoords="offset points", xytext=(-6, 9), ha="right")
     if logarithmic:
         axes.set_yscale("log")
-    axes.set(xlabel="optimizer steps", ylabel=label, title=title)
+    axes.set(xlabel="optimizer steps", ylabel=label)
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.25)
     if training or validation:
         axes.legend(frameon=False)

@@ -1,28 +1,33 @@
 """What a person sees while a run goes on: one live line in a terminal, a plain line per logged step elsewhere."""
 
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
 
 
 class Progress:
     """Lines on standard error; standard output stays free for results."""
 
-    def __init__(self, live: Live | None, console: Console):
+    def __init__(self, live: "Live | None", console: "Console"):
         self._live = live
         self._console = console
 
     def say(self, line: str) -> None:
         """A line that stays."""
+        from rich.text import Text
+
         self._console.print(Text(line), soft_wrap=True)
 
     def step(self, line: str) -> None:
         """The progress line: replaced in a terminal, one line after the other elsewhere."""
+        from rich.text import Text
+
         if self._live is None:
             self.say(line)
         else:
@@ -32,6 +37,12 @@ class Progress:
 @contextmanager
 def progress() -> Iterator[Progress]:
     """Progress on standard error while the block runs."""
+    drawn = random.getstate()
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    random.setstate(drawn)  # rich draws from the caller's stream when it is imported
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         yield Progress(None, Console(file=sys.stderr, highlight=False, width=10**6))

@@ -41,7 +41,8 @@ def train_step(
     """
     Update the model on one global batch, in as many passes as it takes.
 
-    Each pass adds its share of the exact token mean, so the result does not depend on how the batch is cut. A step
+    Each pass adds its share of the exact token mean, so without dropout the result does not depend on how the batch is
+    cut (with it, the masks do). A step
     whose loss or gradient is not finite changes neither weights nor optimizer state: clipping alone would spread it.
 
     Args:
@@ -58,7 +59,7 @@ def train_step(
     for first, count in micro_batches:
         part = batch.rows(first, count)
         if has_dropout:
-            # Dropout is a function of (seed, step, window): a resumed run draws the same masks.
+            # Dropout is a function of (seed, step, first window of the pass): a resumed run draws the same masks.
             torch.manual_seed(derive_seed(seed, "dropout", step, first))
         with autocast():
             hidden = forward(part.input_ids)
