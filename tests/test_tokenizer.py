@@ -1,7 +1,6 @@
 """Text to ids and back: any text, two engines that must agree, files of other people, and cutting without a trace."""
 
 import json
-import sys
 from functools import cache
 
 import numpy as np
@@ -196,7 +195,9 @@ def test_the_two_regex_engines_agree_on_all_of_unicode():
     vocab |= {left + right: 256 + index for index, (left, right) in enumerate(merges)}
     tokenizer = from_merges(vocab, merges)
     assert tokenizer.runs_fast
-    points = [chr(point) for point in range(sys.maxunicode + 1) if not 0xD800 <= point <= 0xDFFF]
+    # Planes 4 to 13 are empty, 15 and 16 private.
+    planes = (0, 1, 2, 3, 14)
+    points = [chr(p) for plane in planes for p in range(plane << 16, (plane + 1) << 16) if not 0xD800 <= p <= 0xDFFF]
     differ = []
     for start in range(0, len(points), 512):
         block = points[start : start + 512]

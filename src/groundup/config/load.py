@@ -118,6 +118,11 @@ def contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> lis
             f"n_embd: {width} (from {origins['n_embd']}) is not divisible by n_head {heads} "
             f"(from {origins['n_head']}); the nearest width that is: {nearest}"
         )
+    if values.get("stride", 0) > values.get("n_positions", 0):
+        problems.append(
+            f"stride: {values['stride']} (from {origins['stride']}) is more than n_positions {values['n_positions']} "
+            f"(from {origins['n_positions']}), so text between windows would be lost; give at most that"
+        )
     if values.get("gradient_accumulation_steps") and both_given("total_batch_tokens", "gradient_accumulation_steps"):
         origin = origins["total_batch_tokens"]
         # A resolved configuration file holds both; there the accumulation wins, as it did when it was resolved.
@@ -211,7 +216,7 @@ def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("is not a number")
     try:
-        number = float(value)
+        number = float(_integer(value)) if isinstance(value, str) and ("^" in value or "**" in value) else float(value)
     except ValueError:
         raise ValueError("is not a number") from None
     except OverflowError:

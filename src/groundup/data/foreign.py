@@ -13,6 +13,7 @@ import numpy as np
 
 from groundup.data.shards import Dataset, Shard, Split
 from groundup.errors import DataError
+from groundup.runtime.files import sha256_of_file
 from groundup.tokenizer.tokenizer import Tokenizer
 
 LLMC_HEADER_BYTES = 256 * 4
@@ -62,11 +63,11 @@ def _describe(path: Path) -> tuple[Shard, str]:
             raise DataError(
                 f"dataset file {path}: {size} bytes is neither llm.c's format nor nanoGPT's uint16 tokens; is it truncated?"
             )
-        return Shard(path.name, size // 2, header_bytes=0), "<u2"
+        return Shard(path.name, size // 2, sha256_of_file(path), header_bytes=0), "<u2"
     expected = LLMC_HEADER_BYTES + tokens * np.dtype(dtype).itemsize
     if size != expected:
         raise DataError(
             f"dataset file {path}: {size:,} bytes, but its header says {tokens:,} tokens ({expected:,} bytes); it is "
             "truncated or damaged, fetch it again"
         )
-    return Shard(path.name, tokens, header_bytes=LLMC_HEADER_BYTES), dtype
+    return Shard(path.name, tokens, sha256_of_file(path), LLMC_HEADER_BYTES), dtype

@@ -30,11 +30,11 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of consecutive tokens. ``sha256`` is empty for files that another program wrote."""
+    """One file of consecutive tokens."""
 
     name: str
     tokens: int
-    sha256: str = ""
+    sha256: str
     header_bytes: int = 128
 
 
@@ -181,7 +181,7 @@ class Dataset:
         path = self.directory / shard.name
         stream = TokenStream(self.directory, (shard,), self.dtype)
         _require_size(path, shard, self.dtype)
-        if shard.sha256 and (found := sha256_of_file(path)) != shard.sha256:
+        if (found := sha256_of_file(path)) != shard.sha256:
             raise DataError(
                 f"shard {path}: damaged: its sha256 is {found[:12]}…, {MANIFEST} says {shard.sha256[:12]}…; restore "
                 "it from a copy, or delete the dataset and prepare again"

@@ -178,7 +178,11 @@ def _file_documents(path: Path, name: str, options: ReadOptions, report: SourceR
             raise DataError(f"source {label}: is not a regular file; use - to read from a pipe")
         kind = path.name.lower().removesuffix(".gz").removesuffix(".zst")
         if kind.endswith(TABLES):
-            yield from _table_documents(path, name, kind, options, report)
+            table = _table_documents(path, name, kind, options, report)
+            if explicit:
+                yield from table
+            else:
+                yield from _if_it_has_the_column(table, report)
             return
         with _opened(path) as file:
             head = file.read(SNIFF_BYTES)
@@ -365,6 +369,22 @@ def _column(row: dict[str, Any], path: Path, number: int, column: str) -> str:
     return value.encode("utf-8", errors="replace").decode() if any("\ud800" <= c <= "\udfff" for c in value) else value
 
 
+class _NoColumnError(DataError):
+    """A table without the text column."""
+
+
+def _if_it_has_the_column(table: Iterator[Document], report: SourceReport) -> Iterator[Document]:
+    """In a folder a table that holds no text is passed over, like a binary file; one that was named is an error."""
+    try:
+        first = next(table, None)
+    except _NoColumnError:
+        report.skipped["table without the text column"] += 1
+        return
+    if first is not None:
+        yield first
+        yield from table
+
+
 def _no_column(path: Path, number: int, column: str, names: list[str]) -> DataError:
     place = f", row {number}" if number else ""
-    return DataError(f"source {path}{place}: has no column {column!r}; --text-column takes one of: {', '.join(names)}")
+    return _NoColumnError(f"source {path}{place}: has no column {column!r}; --text-column takes one of: {', '.join(names)}")

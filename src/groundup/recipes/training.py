@@ -16,6 +16,7 @@ from groundup.checkpoint.commit import checkpoints, commit, newest_good, prune, 
 from groundup.checkpoint.optimizer import load_optimizer, save_optimizer
 from groundup.config.load import Settings
 from groundup.config.options import (
+    PREPARE_GROUPS,
     BatchOptions,
     MachineOptions,
     ModelOptions,
@@ -193,7 +194,7 @@ def open_training(sources: Sequence[str], run: Path, settings: Settings, say: Sa
         kept_steps = -1 if checkpoint is None else state.step
         rewind(run / METRICS, kept_steps)
         rewind(run / SAMPLES, kept_steps)
-        _write_config(run, sources, settings)
+        _write_config(run, sources, settings, prepared_here=dataset.directory == run / DATASET)
         forward: Forward = torch.compile(model) if settings[MachineOptions].torch_compile else model
         yield Training(run, settings, dataset, machine, model, forward, optimizer, plan, state, identity)
 
@@ -209,6 +210,9 @@ def _dataset(sources: Sequence[str], run: Path, settings: Settings, say: Say) ->
                     f"tokenizer: {name!r} (from {settings.origins['tokenizer']}), but {sources[0]} was made with {was!r}; "
                     "leave --tokenizer out, or prepare the text again"
                 )
+        given = [f.name for group in PREPARE_GROUPS for f in fields(group) if settings.origins[f.name] != "default"]
+        if idle := [name for name in given if name != "tokenizer"]:
+            say(f"no effect, because {sources[0]} is prepared already: {', '.join(idle)}")
         report(dataset, say)
         return dataset
     # Nothing was learned from the dataset of a run without checkpoints: it may still change.
@@ -277,11 +281,16 @@ def _say_changes(run: Path, settings: Settings, say: Say) -> None:
             say(f"changed since this run was started: {key} {was[key]} → {now[key]}")
 
 
-def _write_config(run: Path, sources: Sequence[str], settings: Settings) -> None:
+def _write_config(run: Path, sources: Sequence[str], settings: Settings, *, prepared_here: bool) -> None:
+    """Write every option that took effect; those of preparing did only where the run prepared its data."""
     document: dict[str, Any] = {"sources": list(sources)}
     for group, options in settings.groups.items():
         name = group.__name__.removesuffix("Options").lower()
-        document[name] = {key: value for key, value in asdict(options).items() if value is not None}
+        document[name] = {
+            key: value
+            for key, value in asdict(options).items()
+            if value is not None and (prepared_here or group not in PREPARE_GROUPS or settings.origins[key] != "default")
+        }
     head = f"# Resolved configuration of this run (groundup {__version__}); start another like it with\n"
     head += f"# groundup train --config {CONFIG} --output-dir ANOTHER\n\n"
     replace_durably(run / CONFIG, (head + tomli_w.dumps(document)).encode())
