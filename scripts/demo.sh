@@ -25,8 +25,7 @@ echo
 echo "3. Complete three function headers that stand nowhere in the training text."
 for header in 'def read_settings_file(path, default=None):' 'def count_words_in_line(line):' \
     'class TemperatureSensor:\n    def __init__(self, name, unit):'; do
-    prompt=$(printf '%b\n_' "$header")
-    show generate demo --prompt "${prompt%_}" --max-new-tokens 60 --temperature 0.6
+    show generate demo --prompt "$(printf '%b' "$header")" --max-new-tokens 80 --temperature 0.6
 done
 
 cat <<EOF
