@@ -15,7 +15,7 @@ show() {
 echo "1. Train: Python's standard library (its tests left out) -> BPE tokenizer -> shards -> a small GPT-2."
 show train python-stdlib --output-dir demo --model gpt2-micro --vocab-size 4096 --validation-fraction 0.05 \
     --n-positions 128 --total-batch-tokens 1024 --learning-rate 1e-3 --max-steps 1800 \
-    --logging-steps 100 --eval-steps 300 --max-eval-tokens 65536 --sample-prompt "def "
+    --logging-steps 50 --eval-steps 300 --max-eval-tokens 65536 --sample-prompt "def "
 
 echo
 echo "2. Measure: every window of the validation files, which the model has not seen."
