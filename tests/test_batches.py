@@ -263,7 +263,7 @@ def test_a_stream_holds_no_files_open(tmp_path):
 
 def test_shards_that_another_program_wrote_are_read_by_their_header(tmp_path):
     (tmp_path / "train-0.bin").write_bytes(b"\0" * 1024 + np.arange(20, dtype="<u2").tobytes())
-    stream = TokenStream(tmp_path, (Shard("train-0.bin", 20, header_bytes=1024),), np.dtype("<u2"))
+    stream = TokenStream(tmp_path, (Shard("train-0.bin", 20, "", header_bytes=1024),), np.dtype("<u2"))
     assert stream.read(3, 4).tolist() == [3, 4, 5, 6]
 
 
