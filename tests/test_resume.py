@@ -384,6 +384,7 @@ def test_rows_of_a_run_that_never_saved_are_not_kept_for_another(text, tmp_path)
     run, options = tmp_path / "run", TINY | {"max_steps": 2, "eval_steps": 2, "sample_tokens": 0}
     groundup.train(text, tmp_path / "straight", **options | {"seed": 7})
     groundup.prepare(text, run / "dataset", tokenizer="byte")
+    shutil.copy(tmp_path / "straight" / "config.toml", run)
     append_row(run / "metrics.jsonl", {"step": 0, "epoch": 0.0, "eval_loss": 99.0, "num_input_tokens_seen": 0})
     groundup.train(text, run, **options | {"seed": 7})
     assert ledger(run) == ledger(tmp_path / "straight")

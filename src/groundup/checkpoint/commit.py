@@ -30,8 +30,8 @@ NAME = re.compile(r"checkpoint-(\d+)")
 Say = Callable[[str], None]
 
 
-class UnknownVersion(CheckpointError):
-    """Written by another version of groundup: nothing is wrong with it."""
+class NotDamagedError(CheckpointError):
+    """Nothing says that the bytes are wrong: another version of groundup wrote them, or they cannot be read now."""
 
 
 def commit(run: Path, step: int, write: Callable[[Path], None]) -> Path:
@@ -74,20 +74,29 @@ def verify(checkpoint: Path) -> None:
     Raises:
         CheckpointError: names the file, what was found and what was expected.
     """
+    try:
+        _verify(checkpoint)
+    except OSError as error:
+        raise NotDamagedError(
+            f"checkpoint {error.filename or checkpoint}: cannot be read ({error.strerror}); make it readable"
+        ) from None
+
+
+def _verify(checkpoint: Path) -> None:
     path = checkpoint / MANIFEST
     try:
         content = path.read_bytes()
         manifest: dict[str, Any] = json.loads(content)
         files = manifest["files"]
         if manifest["format"] == FORMAT and manifest["version"] != VERSION:
-            raise UnknownVersion(
+            raise NotDamagedError(
                 f"checkpoint {checkpoint}: format version {manifest['version']}, this groundup reads {VERSION}"
             )
         whole = content == _manifest_bytes(manifest["step"], files)
         own_name = not NAME.fullmatch(checkpoint.name) or step_of(checkpoint) == manifest["step"]
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {checkpoint}: has no {MANIFEST}, so it is not whole") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path}: damaged ({type(error).__name__})") from None
     if not whole:
         raise CheckpointError(f"checkpoint {path}: damaged: its content does not match its own sha256")
@@ -130,7 +139,7 @@ def newest_good(run: Path, say: Say) -> Path | None:
         try:
             verify(path)
             return path
-        except UnknownVersion:
+        except NotDamagedError:
             raise
         except CheckpointError as error:
             aside = _aside(path)

@@ -78,6 +78,11 @@ def _explain(error: Exception) -> int:
     return code
 
 
+def _json(result: dict[str, Any]) -> str:
+    """One line of JSON, in ASCII whatever the terminal speaks; numbers that are not finite become null."""
+    return json.dumps(json.loads(json.dumps(result), parse_constant=lambda constant: None), allow_nan=False)
+
+
 class _Command(click.Command):
     """A command whose help lists options by group."""
 
@@ -142,7 +147,7 @@ def _verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.
                 key: Given(value, f"--{key.replace('_', '-')}") for key, value in given.items() if value not in (None, ())
             }
             result, text = run({**own, "json": json_output}, resolve(groups, layers))
-            print(json.dumps(result, ensure_ascii=False) if json_output else text, flush=True)
+            print(_json(result) if json_output else text, flush=True)
 
         parameters: list[click.Parameter] = [*arguments]
         for group in groups:

@@ -180,11 +180,19 @@ def _converted(value: object, hint: Any) -> Any:
     if hint is str:
         if not isinstance(value, str | Path):
             raise ValueError("is not text")
-        return str(value)
+        return _text(value)
     items = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else None
     if items is None or not all(isinstance(item, str | Path) for item in items):
         raise ValueError("is not text or a list of texts")
-    return tuple(str(item) for item in items)
+    return tuple(_text(item) for item in items)
+
+
+def _text(value: object) -> str:
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not UTF-8") from None
+    return str(value)
 
 
 def _boolean(value: object) -> bool:

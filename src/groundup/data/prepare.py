@@ -117,7 +117,7 @@ def survey(request: PrepareRequest) -> Survey:
     """Read every document once: count, hash, and find sources that are a single document."""
     found = Survey(report=SourceReport())
     corpus = hashlib.sha256()
-    for source in (*request.sources, *request.validation_sources):
+    for number, source in enumerate((*request.sources, *request.validation_sources)):
         count = size = 0
         lowest, highest = b"\xff" * 16, b""
         for document in documents(source, request.read, found.report):
@@ -128,19 +128,25 @@ def survey(request: PrepareRequest) -> Survey:
             corpus.update(digest)
             count, size = count + 1, size + length
             lowest, highest = min(lowest, digest), max(highest, digest)
-        corpus.update(b"end of source")
+        corpus.update(_source_end(number, request))
         by_position = count == 1 and not request.validation_sources
         found.sources.append(SourceFacts(source, count, size, by_position))
         if not by_position:
             found.lowest, found.highest = min(found.lowest, lowest), max(found.highest, highest)
     found.digest = corpus.hexdigest()
     if not found.documents:
+        named = ", ".join((*request.sources, *request.validation_sources))
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(found.report.skipped.items()))
         raise DataError(
-            f"no text found in {', '.join(request.sources)} (skipped: {skipped or 'nothing, there are no files'}); "
+            f"no text found in {named} (skipped: {skipped or 'nothing, there are no files'}); "
             "give files or folders of UTF-8 text"
         )
     return found
+
+
+def _source_end(number: int, request: PrepareRequest) -> bytes:
+    """What stands for the end of a source in the corpus' hash: which side a text is on counts."""
+    return b"end of source" if number < len(request.sources) else b"end of validation source"
 
 
 def prepare(request: PrepareRequest, target: Path, build_tokenizer: BuildTokenizer, workers: int, say: Say) -> Dataset:
@@ -160,6 +166,8 @@ def prepare(request: PrepareRequest, target: Path, build_tokenizer: BuildTokeniz
     real = target.resolve()  # a link to an empty folder stays one
     if real == Path.cwd():
         raise ConfigError(f"output_dir: {target} is the working directory, which is about to be replaced; name another folder")
+    if real.is_mount():
+        raise ConfigError(f"output_dir: {target} is a mount point, which cannot be replaced; name a folder inside it")
     staging = real.parent / f".{real.name}.partial"
     with explained_os_errors(target, "prepare"):
         make_directory(staging)
@@ -251,7 +259,7 @@ def _split_pieces(request: PrepareRequest, seen: Survey, corpus: Any = None) -> 
             else:
                 yield from _whole("validation" if seen.is_validation(digest, fraction) else "train", document)
         if corpus is not None:
-            corpus.update(b"end of source")
+            corpus.update(_source_end(number, request))
 
 
 def _whole(split: str, document: Document) -> Iterator[tuple[str, str, bool]]:

@@ -175,7 +175,10 @@ class Dataset:
         """
         for split in self.splits.values():
             for shard in split.shards:
-                self._verify_shard(shard)
+                try:
+                    self._verify_shard(shard)
+                except OSError as error:
+                    raise DataError(f"shard {self.directory / shard.name}: cannot be read ({error.strerror})") from None
 
     def _verify_shard(self, shard: Shard) -> None:
         path = self.directory / shard.name

@@ -29,6 +29,8 @@ CHUNK_BYTES = 2**20
 SNIFF_BYTES = 2**13
 ZSTD_READ_BYTES = 2**10
 """Compressed bytes unpacked at once: a block of zstd unpacks to 128 KiB at most, and the smallest takes a few bytes."""
+RUN_HEADER = "# Resolved configuration of this run (groundup"
+"""How a run's config.toml begins."""
 TABLES = (".jsonl", ".csv", ".parquet")
 STDLIB_TEST_FOLDERS = ("test", "tests", "idle_test", "site-packages", "dist-packages")
 
@@ -126,6 +128,8 @@ def _walk_folder(root: Path, report: SourceReport) -> Iterator[Path]:
                 report.skipped["hidden"] += 1
             elif _is_ignored(path, entry.is_dir(follow_symlinks=False), ignores):
                 report.skipped["git-ignored"] += 1
+            elif entry.is_dir(follow_symlinks=False) and is_groundup_output(path):
+                report.skipped["groundup's own output"] += 1
             elif entry.is_dir(follow_symlinks=False):
                 yield from walk(path, ignores)
             elif not _is_regular_file(path):
@@ -138,6 +142,20 @@ def _walk_folder(root: Path, report: SourceReport) -> Iterator[Path]:
                 yield path
 
     yield from walk(root, ())
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run of groundup's: its config.toml says so."""
+    try:
+        with (folder / "config.toml").open(encoding="utf-8", errors="replace") as file:
+            return file.readline().startswith(RUN_HEADER)
+    except OSError:
+        return False
+
+
+def is_groundup_output(folder: Path) -> bool:
+    """Whether a folder is a run or a dataset: text that a run writes must not become its training text."""
+    return is_run(folder) or ((folder / "dataset.json").is_file() and (folder / "tokenizer.json").is_file())
 
 
 def _is_git_pattern(line: str) -> bool:
@@ -322,13 +340,13 @@ def _jsonl_rows(path: Path, options: ReadOptions, report: SourceReport) -> Itera
         except (ValueError, RecursionError) as error:
             raise DataError(f"source {path}, line {number}: is not JSON ({error}); each line is one object") from None
         if not isinstance(row, dict):
-            raise DataError(f"source {path}, line {number}: is not a JSON object; each line is one object")
+            raise _NoColumnError(f"source {path}, line {number}: is not a JSON object; each line is one object")
         yield number, _column(row, path, number, options.text_column)
 
 
 def _csv_rows(path: Path, options: ReadOptions, report: SourceReport) -> Iterator[tuple[int, str]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(_lines(path, options, report))
+    reader = csv.DictReader(_lines(path, options, report), strict=True)
     try:
         for row in reader:
             yield reader.line_num, _column(row, path, reader.line_num, options.text_column)
@@ -364,13 +382,13 @@ def _column(row: dict[str, Any], path: Path, number: int, column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"source {path}, row {number}: column {column!r} holds {type(value).__name__}, not text")
+        raise _NoColumnError(f"source {path}, row {number}: column {column!r} holds {type(value).__name__}, not text")
     # JSON can spell lone surrogates, which no UTF-8 text holds.
     return value.encode("utf-8", errors="replace").decode() if any("\ud800" <= c <= "\udfff" for c in value) else value
 
 
 class _NoColumnError(DataError):
-    """A table without the text column."""
+    """A table that holds no text under the column's name."""
 
 
 def _if_it_has_the_column(table: Iterator[Document], report: SourceReport) -> Iterator[Document]:

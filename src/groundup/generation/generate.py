@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from groundup.errors import DivergedError
 from groundup.generation.sampling import Chooser
 from groundup.model.gpt2 import GPT2
 from groundup.model.kv_cache import KVCache
@@ -63,7 +64,10 @@ def generate_tokens(
             new = ids[start + cache.length :]
         with torch.inference_mode(), autocast():
             hidden = model(torch.tensor([new], device=model.head_weight.device), cache)
-            token = choose(model.logits(hidden[0, -1])[:usable_ids])
+            logits = model.logits(hidden[0, -1])[:usable_ids]
+        if not torch.isfinite(logits).all():
+            raise DivergedError("the model's scores are not finite, so its training diverged; use an earlier checkpoint")
+        token = choose(logits)
         yield token
         if token == end_of_text_id:
             return

@@ -26,7 +26,8 @@ def sampler(*, temperature: float, top_k: int, top_p: float, seed: int) -> Choos
 
     def choose(logits: Tensor) -> int:
         # Drawn on the CPU: the same seed gives the same text on every device that computes the same logits.
-        scores = logits.float().cpu() / temperature
+        scores = logits.float().cpu()
+        scores = (scores - scores.max()) / temperature
         if top_k:
             scores = keep_top_k(scores, top_k)
         if top_p < 1:

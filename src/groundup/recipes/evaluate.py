@@ -1,5 +1,6 @@
 """groundup evaluate: how good a model is, over every window of a validation split."""
 
+import json
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from groundup.evaluation.measure import evaluate_model
 from groundup.recipes.loading import Loaded, is_dataset, load_checkpoint, open_any_dataset
 from groundup.recipes.machine import machine_for
 from groundup.recipes.prepare import prepare_dataset
+from groundup.runtime.device import explained_memory_errors
 
 Say = Callable[[str], None]
 
@@ -37,8 +39,8 @@ def evaluate(path: Path, settings: Settings, say: Say) -> dict[str, Any]:
     length = options.n_positions or model.config.n_positions
     if length > model.config.n_positions:
         raise ConfigError(f"n_positions: {length} is more than the model's {model.config.n_positions}; give at most that")
-    with TemporaryDirectory() as scratch:
-        dataset = _validation_data(options.data or _dataset_of_run(loaded.checkpoint), loaded, Path(scratch), say)
+    with TemporaryDirectory() as scratch, explained_memory_errors():
+        dataset = _validation_data(options.data, loaded, Path(scratch), say) if options.data else _dataset_of_run(loaded)
         require_windows(dataset, length, ("validation",))
         dataset.verify()
         windows = Windows(dataset.stream("validation"), length, length)
@@ -49,30 +51,38 @@ def evaluate(path: Path, settings: Settings, say: Say) -> dict[str, Any]:
     return {"checkpoint": str(loaded.checkpoint), "eval_loss": measured.pop("loss"), **measured}
 
 
-def _dataset_of_run(checkpoint: Path) -> str:
-    """The dataset that a checkpoint's run was trained on, as its config.toml says."""
-    run = checkpoint.parent
+def _dataset_of_run(loaded: Loaded) -> Dataset:
+    """The dataset that a checkpoint's run was trained on; no other passes for it."""
+    run = loaded.checkpoint.parent
+    advice = "give --data DATASET, or --data with validation text"
     try:
+        trained_on = json.loads((loaded.checkpoint / "trainer_state.json").read_text())["identity"]["dataset_sha256"]
         sources = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["sources"]
-    except (OSError, ValueError, KeyError):
-        raise ConfigError(
-            f"data: {checkpoint} belongs to no run that says its data; give --data DATASET, or --data with validation text"
-        ) from None
-    return str(run / "dataset") if is_dataset(run / "dataset") else str(sources[0])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"data: {loaded.checkpoint} belongs to no run that says its data; {advice}") from None
+    path = next((path for path in (run / "dataset", Path(sources[0])) if is_dataset(path)), None)
+    if path is None:
+        raise ConfigError(f"data: the dataset of {loaded.checkpoint} is gone (was {run / 'dataset'} or {sources[0]}); {advice}")
+    dataset = open_any_dataset(path, loaded.tokenizer)
+    if dataset.identity != trained_on:
+        raise ConfigError(f"data: {path} is not the dataset that {loaded.checkpoint} was trained on, it has changed; {advice}")
+    return dataset
 
 
 def _validation_data(data: str, loaded: Loaded, scratch: Path, say: Say) -> Dataset:
     """The dataset named, or validation text tokenized on the spot with the model's tokenizer."""
     if is_dataset(Path(data)):
         dataset = open_any_dataset(Path(data), loaded.tokenizer)
-        if dataset.tokenizer.sha256 != loaded.tokenizer.sha256:
-            raise ConfigError(
-                f"data: {data} was made with another tokenizer than {loaded.checkpoint} (sha256 "
-                f"{dataset.tokenizer.sha256[:12]}… and {loaded.tokenizer.sha256[:12]}…); give --data the text itself"
-            )
-        return dataset
-    given = {
-        "tokenizer": Given(str(loaded.checkpoint), "the checkpoint"),
-        "validation_source": Given([data], "--data"),
-    }
-    return prepare_dataset([data], scratch / "dataset", resolve(PREPARE_GROUPS, given), say)
+    else:
+        given = {
+            # An absolute path: a checkpoint may be called byte, or gpt2.
+            "tokenizer": Given(str(loaded.checkpoint.resolve()), "the checkpoint"),
+            "validation_source": Given([data], "--data"),
+        }
+        dataset = prepare_dataset([], scratch / "dataset", resolve(PREPARE_GROUPS, given), say)
+    if dataset.tokenizer.sha256 != loaded.tokenizer.sha256:
+        raise ConfigError(
+            f"data: {data} was made with another tokenizer than {loaded.checkpoint} (sha256 "
+            f"{dataset.tokenizer.sha256[:12]}… and {loaded.tokenizer.sha256[:12]}…); give --data the text itself"
+        )
+    return dataset

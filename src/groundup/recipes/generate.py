@@ -12,6 +12,7 @@ from groundup.generation.generate import generate_tokens, readable
 from groundup.generation.sampling import sampler
 from groundup.recipes.loading import Loaded, load_checkpoint
 from groundup.recipes.machine import machine_for
+from groundup.runtime.device import explained_memory_errors
 
 Say = Callable[[str], None]
 
@@ -46,7 +47,8 @@ def generate(path: Path, settings: Settings, say: Say, stream: Say) -> dict[str,
     completions = []
     for prompt in prompts:
         stream(prompt)
-        completions.append(complete(loaded, prompt, options, stream, machine.autocast))
+        with explained_memory_errors():
+            completions.append(complete(loaded, prompt, options, stream, machine.autocast))
         stream("\n")
     seconds = time.perf_counter() - started
     tokens = sum(len(completion.token_ids) for completion in completions)

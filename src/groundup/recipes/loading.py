@@ -46,7 +46,10 @@ def load_checkpoint(path: Path, say: Say) -> Loaded:
 
 def is_dataset(path: Path) -> bool:
     """Whether a source is a dataset, ours or another trainer's, rather than text."""
-    return (path / DATASET_MANIFEST).is_file() or any(foreign_shards(path).values())
+    try:
+        return (path / DATASET_MANIFEST).is_file() or any(foreign_shards(path).values())
+    except (OSError, ValueError):
+        return False  # it is not text either, and opening it as text says why
 
 
 def open_any_dataset(path: Path, tokenizer: Tokenizer | str | None) -> Dataset:

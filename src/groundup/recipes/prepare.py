@@ -30,7 +30,7 @@ def prepare_dataset(sources: Sequence[str], target: Path, settings: Settings, sa
         ConfigError: no sources; or the target holds another dataset, or something else.
         DataError: a source is missing, empty or damaged.
     """
-    if not sources:
+    if not sources and not settings[DataOptions].validation_source:
         raise ConfigError("sources: none given; give files or folders, - for standard input, or python-stdlib")
     request = _request(sources, settings)
     with explained_os_errors(target, "prepare"):
@@ -43,7 +43,7 @@ def prepare_dataset(sources: Sequence[str], target: Path, settings: Settings, sa
                 raise
             say(f"dataset {target}: was made from something else; making it anew")
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"output_dir: {target} exists and is no dataset; choose another --output-dir")
+        raise ConfigError(f"output_dir: {target} exists and is no dataset; delete it, or choose another --output-dir")
     dataset = prepare(request, target, _tokenizer_builder(settings), settings[DataOptions].workers, say)
     report(dataset, say)
     return dataset
@@ -77,7 +77,7 @@ def tokenizer_named(name: str) -> Tokenizer:
     if name == "byte":
         return byte_tokenizer()
     if name == "gpt2":
-        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         return gpt2_tokenizer(Path(cache, "groundup", "gpt2"))
     return load_tokenizer(Path(name))
 
@@ -113,18 +113,24 @@ def _reuse(request: PrepareRequest, target: Path, say: Say) -> Dataset:
     was, now = dataset.manifest["request"], request.description()
     # The same text may be spelled by another path: sources are compared by their content.
     keys = [key for key in now if not key.endswith("sources")]
+    by_path = request.tokenizer not in ("bpe", "byte", "gpt2") and was["tokenizer"] not in ("bpe", "byte", "gpt2")
+    if by_path:
+        keys.remove("tokenizer")
     if differences := [f"{key} {was.get(key)!r} → {now[key]!r}" for key in keys if was.get(key) != now[key]]:
         raise ConfigError(
             f"dataset {target}: was made with other options ({'; '.join(differences)}); choose another --output-dir, or "
             "delete it to make it anew"
         )
-    if Path(request.tokenizer).exists() and tokenizer_named(request.tokenizer).sha256 != dataset.tokenizer.sha256:
+    if by_path and tokenizer_named(request.tokenizer).sha256 != dataset.tokenizer.sha256:
         raise ConfigError(
             f"dataset {target}: was made with another tokenizer than {request.tokenizer} holds now; choose another "
             "--output-dir, or delete it to make it anew"
         )
     if STDIN in (*request.sources, *request.validation_sources):
-        raise ConfigError(f"dataset {target}: exists, and standard input cannot be compared with it; delete it, or use it")
+        raise ConfigError(
+            f"dataset {target}: exists, and standard input cannot be compared with it; to go on, give "
+            f"{target} as the source instead of -"
+        )
     if survey(request).digest != dataset.manifest["content_sha256"]:
         raise ConfigError(
             f"dataset {target}: the text in {', '.join(request.sources)} is not what it was made from; choose another "

@@ -14,7 +14,8 @@ from groundup.errors import Stopped
 from groundup.evaluation.measure import byte_frequency_baseline
 from groundup.model.flops import parameter_count, training_flops_per_token
 from groundup.recipes.training import SAMPLES, Training, open_training
-from groundup.runtime.device import peak_flops
+from groundup.runtime.device import explained_memory_errors, peak_flops
+from groundup.runtime.files import explained_os_errors
 from groundup.runtime.signals import stop_requests
 from groundup.tracking.metrics import METRICS, append_row, read_rows
 from groundup.tracking.pictures import draw_curves
@@ -37,12 +38,18 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
         Stopped: a signal came; a checkpoint was saved.
         DivergedError: too many steps in a row were not finite.
     """
-    with open_training(sources, run, settings, progress.say) as training, stop_requests(progress.say) as should_stop:
+    with (
+        explained_os_errors(run, "train"),
+        explained_memory_errors(),
+        open_training(sources, run, settings, progress.say) as training,
+        stop_requests(progress.say) as should_stop,
+    ):
         options, state, plan = settings[RunOptions], training.state, training.plan
         saved = state.step
         if state.step >= plan.total_steps:
             if options.eval_steps and not _evaluated(training):
                 _evaluate(training, progress, should_stop)
+            draw_curves(read_rows(run / METRICS), run, run.name)
             progress.say(f"run {run}: already complete at step {state.step:,}; raise --max-steps to go on")
             return _summary(training, 0.0)
         _describe(training, progress.say)
@@ -148,7 +155,7 @@ def _evaluate(training: Training, progress: Progress, should_stop: Callable[[], 
         f"{result.bits_per_byte:.3f} bits per byte | token accuracy {result.token_accuracy:.1%} | {result.tokens:,} tokens"
     )
     options = training.settings[RunOptions]
-    if options.sample_tokens:
+    if options.sample_tokens and np.isfinite(result.loss):
         text = training.sample()
         append_row(training.run / SAMPLES, {"step": state.step, "prompt": options.sample_prompt, "text": text})
         progress.say(f"  sample: {json.dumps(options.sample_prompt + text, ensure_ascii=False)}")

@@ -1,5 +1,6 @@
 """A run, set up from scratch or from its newest good checkpoint: everything that a training loop needs."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from groundup.config.plan import Plan, plan_run
 from groundup.data.batches import Windows, evaluation_batches
 from groundup.data.order import ORDER_VERSION
 from groundup.data.shards import Dataset, require_windows
+from groundup.data.sources import RUN_HEADER, is_run
 from groundup.errors import CheckpointError, ConfigError, DivergedError, ResourceError
 from groundup.evaluation.measure import Evaluation, evaluate_model
 from groundup.generation.generate import generate_tokens, readable
@@ -39,7 +41,7 @@ from groundup.optim.adamw import build_adamw
 from groundup.recipes.loading import is_dataset, open_any_dataset
 from groundup.recipes.machine import machine_for
 from groundup.recipes.prepare import prepare_dataset, report
-from groundup.runtime.device import Machine
+from groundup.runtime.device import Machine, explained_memory_errors
 from groundup.runtime.files import exclusive, existing_parent, explained_os_errors, make_directory, replace_durably
 from groundup.runtime.random import derive_seed
 from groundup.tracking.metrics import METRICS, rewind
@@ -49,6 +51,7 @@ from groundup.training.step import Forward
 
 Say = Callable[[str], None]
 CONFIG, DATASET, SAMPLES, LOCK = "config.toml", "dataset", "samples.jsonl", ".lock"
+PICTURES = ("loss.png", "perplexity.png")
 
 
 @dataclass
@@ -108,6 +111,8 @@ class Training:
         """
         Commit a checkpoint of this step, then delete the oldest beyond ``save_total_limit``.
 
+        While steps are skipped nothing is deleted: the last good checkpoint is among the older ones.
+
         Raises:
             DivergedError: a weight is not finite; the older checkpoints stay.
         """
@@ -118,7 +123,8 @@ class Training:
                 "checkpoints before are as they were; lower --learning-rate"
             )
         checkpoint = commit(self.run, self.state.step, self._write_checkpoint)
-        prune(self.run, self.settings[RunOptions].save_total_limit)
+        if not self.state.skipped_in_a_row:
+            prune(self.run, self.settings[RunOptions].save_total_limit)
         return checkpoint
 
     def _windows(self, split: str, stride: int = 0) -> Windows:
@@ -152,51 +158,59 @@ def open_training(sources: Sequence[str], run: Path, settings: Settings, say: Sa
         CheckpointError: checkpoints, but no good one.
     """
     with ExitStack() as stack:
-        stack.enter_context(explained_os_errors(run, "train"))
-        stack.enter_context(_explained_memory_errors())
-        make_directory(run)
-        _require_ours(run)
-        stack.enter_context(exclusive(run / LOCK, f"run {run}"))
+        # Errors of the set-up are explained; those of the block are the caller's.
+        with explained_os_errors(run, "train"), explained_memory_errors():
+            training = _set_up(stack, sources, run, settings, say)
+        yield training
+
+
+def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Settings, say: Say) -> Training:
+    """What ``open_training`` says; what must be let go of afterwards is put on the stack."""
+    created = not run.exists()
+    make_directory(run)
+    _require_ours(run)
+    stack.enter_context(exclusive(run / LOCK, f"run {run}"))
+    if created:
         stack.callback(_remove_if_empty, run)
-        remove_leftovers(run)
+    remove_leftovers(run)
 
-        dataset = _dataset(sources, run, settings, say)
-        options = settings[ModelOptions]
-        require_windows(dataset, options.n_positions)
-        dataset.verify()
+    dataset = _dataset(sources, run, settings, say)
+    options = settings[ModelOptions]
+    require_windows(dataset, options.n_positions)
+    dataset.verify()
 
-        machine = machine_for(settings[MachineOptions], training=True)
-        model_config = GPT2Config(
-            vocab_size=dataset.tokenizer.vocab_size,
-            **{f.name: getattr(options, f.name) for f in fields(options) if f.name != "model"},
-        )
-        batch, optim, run_options = settings[BatchOptions], settings[OptimizerOptions], settings[RunOptions]
-        windows = Windows(dataset.stream("train"), options.n_positions, batch.stride or options.n_positions)
-        plan = plan_run(options, batch, optim, run_options, windows=len(windows))
-        identity = _identity(model_config, dataset, settings, plan)
+    machine = machine_for(settings[MachineOptions], training=True)
+    model_config = GPT2Config(
+        vocab_size=dataset.tokenizer.vocab_size,
+        **{f.name: getattr(options, f.name) for f in fields(options) if f.name != "model"},
+    )
+    batch, optim, run_options = settings[BatchOptions], settings[OptimizerOptions], settings[RunOptions]
+    windows = Windows(dataset.stream("train"), options.n_positions, batch.stride or options.n_positions)
+    plan = plan_run(options, batch, optim, run_options, windows=len(windows))
+    identity = _identity(model_config, dataset, settings, plan)
 
-        checkpoint = newest_good(run, say)
-        if checkpoint is None:
-            model, state = _fresh_model(model_config, run_options.seed), TrainState()
-        else:
-            state = _resumed_state(checkpoint, identity)
-            model = load_model(checkpoint)
-        model.to(machine.device)
-        optimizer = build_adamw(
-            model, learning_rate=optim.learning_rate, beta1=optim.adam_beta1, beta2=optim.adam_beta2,
-            epsilon=optim.adam_epsilon, weight_decay=optim.weight_decay,
-        )  # fmt: skip
-        if checkpoint is not None:
-            load_optimizer(optimizer, model, checkpoint / "optimizer.safetensors")
-            _say_changes(run, settings, say)
-            say(f"resuming from {checkpoint.name}: {state.tokens_seen:,} tokens seen")
-        _require_disk_space(run, model)
-        kept_steps = -1 if checkpoint is None else state.step
-        rewind(run / METRICS, kept_steps)
-        rewind(run / SAMPLES, kept_steps)
-        _write_config(run, sources, settings, prepared_here=dataset.directory == run / DATASET)
-        forward: Forward = torch.compile(model) if settings[MachineOptions].torch_compile else model
-        yield Training(run, settings, dataset, machine, model, forward, optimizer, plan, state, identity)
+    checkpoint = newest_good(run, say)
+    if checkpoint is None:
+        model, state = _fresh_model(model_config, run_options.seed), TrainState()
+    else:
+        state = _resumed_state(checkpoint, identity)
+        model = load_model(checkpoint)
+    model.to(machine.device)
+    optimizer = build_adamw(
+        model, learning_rate=optim.learning_rate, beta1=optim.adam_beta1, beta2=optim.adam_beta2,
+        epsilon=optim.adam_epsilon, weight_decay=optim.weight_decay,
+    )  # fmt: skip
+    if checkpoint is not None:
+        load_optimizer(optimizer, model, checkpoint / "optimizer.safetensors")
+        _say_changes(run, settings, say)
+        say(f"resuming from {checkpoint.name}: {state.tokens_seen:,} tokens seen")
+    _require_disk_space(run, model)
+    kept_steps = -1 if checkpoint is None else state.step
+    rewind(run / METRICS, kept_steps)
+    rewind(run / SAMPLES, kept_steps)
+    _write_config(run, sources, settings, prepared_here=dataset.directory == run / DATASET)
+    forward: Forward = torch.compile(model) if settings[MachineOptions].torch_compile else model
+    return Training(run, settings, dataset, machine, model, forward, optimizer, plan, state, identity)
 
 
 def _dataset(sources: Sequence[str], run: Path, settings: Settings, say: Say) -> Dataset:
@@ -291,23 +305,28 @@ def _write_config(run: Path, sources: Sequence[str], settings: Settings, *, prep
             for key, value in asdict(options).items()
             if value is not None and (prepared_here or group not in PREPARE_GROUPS or settings.origins[key] != "default")
         }
-    head = f"# Resolved configuration of this run (groundup {__version__}); start another like it with\n"
+    head = f"{RUN_HEADER} {__version__}); start another like it with\n"
     head += f"# groundup train --config {CONFIG} --output-dir ANOTHER\n\n"
-    replace_durably(run / CONFIG, (head + tomli_w.dumps(document)).encode())
+    replace_durably(run / CONFIG, (head + tomli_w.dumps(document)).encode(errors="backslashreplace"))
 
 
 def _remove_if_empty(run: Path) -> None:
     """Leave no folder behind that holds nothing but the lock: a set-up that failed makes no run."""
-    if run.is_dir() and [path.name for path in run.iterdir()] == [LOCK]:
-        (run / LOCK).unlink()
-        run.rmdir()
+    with contextlib.suppress(OSError):
+        if [path.name for path in run.iterdir()] == [LOCK]:
+            (run / LOCK).unlink()
+            run.rmdir()
 
 
 def _require_ours(run: Path) -> None:
-    if checkpoints(run) and not (run / CONFIG).is_file():
-        raise ConfigError(
-            f"output_dir: {run} holds checkpoints but no {CONFIG}, so groundup did not write it; choose another --output-dir"
-        )
+    """A run's files are rewritten as it goes on: refuse a folder where files of these names are somebody else's."""
+    ours = is_run(run)
+    for name in (CONFIG, METRICS, SAMPLES, *PICTURES, *(path.name for path in checkpoints(run))):
+        if not ours and (run / name).exists():
+            raise ConfigError(
+                f"output_dir: {run} holds a {name} that no run of groundup wrote, and a run would replace it; choose another "
+                "--output-dir"
+            )
 
 
 def _require_disk_space(run: Path, model: GPT2) -> None:
@@ -318,17 +337,3 @@ def _require_disk_space(run: Path, model: GPT2) -> None:
             f"output_dir: {run} has {free / 2**20:,.0f} MiB free, one checkpoint takes {needed / 2**20:,.0f} MiB; free some "
             "space or choose another --output-dir"
         )
-
-
-@contextmanager
-def _explained_memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        is_ours = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
-        if not is_ours and "DefaultCPUAllocator" not in str(error) and "out of memory" not in str(error):
-            raise
-        raise ResourceError(
-            "out of memory: lower --per-device-train-batch-size (the global batch stays the same, accumulation makes up "
-            "for it), --per-device-eval-batch-size or --n-positions, or take a smaller --model"
-        ) from error

@@ -1,12 +1,13 @@
 """The device, the precision that suits it, and its peak speed. Imported late, because it imports torch."""
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from groundup.errors import ConfigError
+from groundup.errors import ConfigError, ResourceError
 
 # Dense bf16 peaks in TFLOP/s from the makers' data sheets (without sparsity), by a part of the device's name.
 # Order matters: the first match wins.
@@ -99,3 +100,24 @@ def peak_flops(machine: Machine, given_tflops: float = 0.0) -> tuple[float, str]
         synchronize(machine.device)
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / min(seconds), "measured"
+
+
+@contextmanager
+def explained_memory_errors() -> Iterator[None]:
+    """
+    Turn a refused allocation into our error.
+
+    Raises:
+        ResourceError: out of memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch says so by a class of its own on CUDA, and only by words on the CPU.
+        is_refusal = isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        if not is_refusal:
+            raise
+        raise ResourceError(
+            "out of memory: lower --per-device-train-batch-size (the global batch stays the same, accumulation makes up "
+            "for it), --per-device-eval-batch-size or --n-positions, or take a smaller --model"
+        ) from error

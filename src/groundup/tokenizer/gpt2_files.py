@@ -1,6 +1,8 @@
 """GPT-2's own tokenizer files: from a folder, or fetched once, checked and kept."""
 
+import contextlib
 import hashlib
+import http.client
 import os
 import urllib.request
 from pathlib import Path
@@ -45,10 +47,11 @@ def _fetch(url: str, target: Path, folder: Path) -> None:
         with urllib.request.urlopen(url, timeout=30) as response:
             temporary.write_bytes(response.read())
         os.replace(temporary, target)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise DataError(
             f"tokenizer gpt2: cannot fetch {url} ({error}); offline, put OpenAI's encoder.json and vocab.bpe (or Hugging "
             f"Face's vocab.json and merges.txt) into {folder}, or give --tokenizer a folder that holds them"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,11 +1,14 @@
 """Train a byte-level BPE on text, with the ``tokenizers`` library."""
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 import tokenizers
 
 from groundup.tokenizer.tokenizer import Tokenizer, byte_to_character, from_merges
+
+LONG_RUN = re.compile(r"\S{1000}(?=\S)|\s{1000}(?=\s)")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -24,6 +27,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(byte_to_character()),
         special_tokens=[],
     )
-    slow.train_from_iterator(texts, trainer)
+    slow.train_from_iterator((part for text in texts for part in _without_long_runs(text)), trainer)
     model = json.loads(slow.to_str())["model"]
     return from_merges(model["vocab"], [tuple(pair) for pair in model["merges"]])
+
+
+def _without_long_runs(text: str) -> Iterator[str]:
+    """Cut runs of 1,000 characters without a break: learning merges takes quadratic time in the length of a word."""
+    start = 0
+    for run in LONG_RUN.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]

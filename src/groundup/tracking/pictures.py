@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def _draw(
     if logarithmic:
         axes.set_yscale("log")
     axes.set(xlabel="optimizer steps", ylabel=label)
-    axes.set_title(title, parse_math=False)
+    axes.set_title(os.fsencode(title).decode(errors="replace"), parse_math=False)
     axes.grid(alpha=0.25)
     if training or validation:
         axes.legend(frameon=False)

@@ -96,7 +96,7 @@ def training_steps(
             if state.skipped_in_a_row >= max_skipped_steps:
                 raise DivergedError(
                     f"diverged: {state.skipped_in_a_row} steps in a row up to step {step} had a loss or gradient that is "
-                    f"not finite (last loss {update.loss}, norm {update.grad_norm}); the last checkpoint is from before "
-                    f"it went wrong or is good still; lower --learning-rate (now {options.learning_rate:g}), lengthen "
-                    "--warmup-steps or set --max-grad-norm 1"
+                    f"not finite (last loss {update.loss}, norm {update.grad_norm}); checkpoints up to step "
+                    f"{step - state.skipped_in_a_row} were kept; lower --learning-rate (now "
+                    f"{options.learning_rate:g}), lengthen --warmup-steps or set --max-grad-norm 1"
                 )
