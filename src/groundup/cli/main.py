@@ -22,6 +22,11 @@ from groundup.config.options import EVALUATE_GROUPS, GENERATE_GROUPS, PREPARE_GR
 from groundup.config.presets import PRESET_OPTIONS
 from groundup.errors import ConfigError, GroundupError
 
+ALL_NAMES = {
+    declaration.name
+    for group in (*PREPARE_GROUPS, *TRAIN_GROUPS, *EVALUATE_GROUPS, *GENERATE_GROUPS)
+    for declaration in fields(group)
+}
 Run = Callable[[dict[str, Any], Settings], tuple[dict[str, Any], str]]
 
 EXIT_CODES = """\b
@@ -109,17 +114,19 @@ class _Option(click.Option):
     epilog=EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="Pre-train GPT-2-style language models from the ground up: raw text or code in, a model that writes out.\n\n"
-    "First run, on a laptop:  groundup train python-stdlib --output-dir run",
+    "First run, on a laptop:  groundup train python-stdlib --output-dir run --max-steps 300",
 )
 @click.version_option(__version__, "--version", message="groundup %(version)s")
 def cli() -> None:
     """Dispatch to a verb."""
 
 
-def _flag(declaration: Field[Any], hint: Any, section: str) -> click.Option:
+def _flag(declaration: Field[Any], hint: Any, group: type) -> click.Option:
     """The flag of a declared option. Values stay text: ``config.load`` converts them, wherever they come from."""
     rules, name = declaration.metadata, declaration.name.replace("_", "-")
-    default = "by the preset" if declaration.name in PRESET_OPTIONS else declaration.default
+    section = (group.__doc__ or "").rstrip(".")
+    by_preset = declaration.name in PRESET_OPTIONS and group in TRAIN_GROUPS
+    default = "by the preset" if by_preset else declaration.default
     default = "by itself" if default is None else default
     shown = "" if default in ((), "") else f"  [default: {default}]"
     unit = {int: "INTEGER", float: "NUMBER"}.get(hint, "TEXT")
@@ -143,6 +150,9 @@ def _verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.
                 if not isinstance(from_file, list) or not all(isinstance(source, str) for source in from_file):
                     raise ConfigError(f"sources: {from_file!r} (from file {config}) is not a list of texts")
                 own["sources"] = own.get("sources") or from_file
+            # A run's config.toml holds the options of every command: those of others are not for this one.
+            own_names = {declaration.name for group in groups for declaration in fields(group)}
+            layers = {name: item for name, item in layers.items() if name in own_names or name not in ALL_NAMES}
             layers |= {
                 key: Given(value, f"--{key.replace('_', '-')}") for key, value in given.items() if value not in (None, ())
             }
@@ -152,8 +162,7 @@ def _verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.
         parameters: list[click.Parameter] = [*arguments]
         for group in groups:
             hints = get_type_hints(group)
-            title = (group.__doc__ or "").rstrip(".")
-            parameters += [_flag(declaration, hints[declaration.name], title) for declaration in fields(group)]
+            parameters += [_flag(declaration, hints[declaration.name], group) for declaration in fields(group)]
         parameters += [
             _Option(["--config"], metavar="FILE", help="Read options from a TOML file; flags win.", section="General"),
             _Option(["--json", "json_output"], is_flag=True, help="Print one JSON object.", section="General"),

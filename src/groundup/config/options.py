@@ -111,7 +111,8 @@ class ModelOptions:
 
     model: str = option(
         "gpt2-micro",
-        "Preset that sets the shape, the global batch and the learning rate; any of them can be overridden.",
+        "Preset that sets the shape, the global batch and the learning rate, each of which can be overridden: gpt2, "
+        "gpt2-medium, gpt2-large, gpt2-xl; for laptops gpt2-mini, gpt2-micro, gpt2-nano.",
         why="ours: a name for a set of defaults",
     )
     n_layer: int = option(12, "Transformer blocks.", at_least=1)

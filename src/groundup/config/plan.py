@@ -66,7 +66,7 @@ def plan_run(
         tokens_per_step=windows_per_step * model.n_positions,
         micro_batches=micro_batches(windows_per_step, micro, world_size, rank),
         total_steps=total_steps,
-        warmup_steps=round(warmup * total_steps) if warmup < 1 else round(warmup),
+        warmup_steps=math.ceil(warmup * total_steps) if warmup < 1 else round(warmup),
     )
 
 

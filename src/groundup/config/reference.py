@@ -36,7 +36,7 @@ def reference() -> str:
         parts.append(f"\n## {title}\n\n{meaning[:1].upper()}{meaning[1:]}. Used by {users}.\n")
         parts.append("| option | default | meaning | values | ours or different, because |\n|---|---|---|---|---|")
         hints = get_type_hints(group)
-        parts += [_row(declaration, hints[declaration.name]) for declaration in fields(group)]
+        parts += [_row(declaration, hints[declaration.name], group) for declaration in fields(group)]
     parts.append("\n## Presets\n\nWhat `--model` sets; each can be overridden.\n")
     names = list(next(iter(PRESETS.values())))
     parts.append("| model | " + " | ".join(f"`{name}`" for name in names) + " |\n|---|" + "---|" * len(names))
@@ -45,11 +45,11 @@ def reference() -> str:
     return "\n".join(parts) + "\n"
 
 
-def _row(declaration: Field[Any], hint: Any) -> str:
+def _row(declaration: Field[Any], hint: Any, group: type) -> str:
     rules = declaration.metadata
     value: Any = declaration.default
     default = {None: "by itself", (): "none", "": "empty"}.get(value, f"`{value}`")
-    if declaration.name in PRESET_OPTIONS:
+    if declaration.name in PRESET_OPTIONS and group in TRAIN_GROUPS:
         default = "the preset's"
     bounds = [
         f"{sign} {rules[rule]:g}"

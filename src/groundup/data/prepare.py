@@ -203,7 +203,7 @@ def _write_dataset(request: PrepareRequest, staging: Path, build_tokenizer: Buil
     for name in ("tokenizer.json", "tokenizer_config.json"):
         sync_file(staging / name)
     say(
-        f"tokenizer {request.tokenizer}: {tokenizer.vocab_size:,} ids"
+        f"tokenizer {request.tokenizer}: {tokenizer.vocab_size:,} ids{_fewer(request, tokenizer)}"
         + ("" if tokenizer.runs_fast else "; its file is not plain ranked BPE, so tokenizing is ten times slower")
     )
 
@@ -227,6 +227,12 @@ def _write_dataset(request: PrepareRequest, staging: Path, build_tokenizer: Buil
     }
     stdin_copy.unlink(missing_ok=True)
     write_manifest(staging, tokenizer, dtype, splits, facts)
+
+
+def _fewer(request: PrepareRequest, tokenizer: Tokenizer) -> str:
+    if request.tokenizer != "bpe" or tokenizer.vocab_size >= request.vocab_size:
+        return ""
+    return f" ({request.vocab_size:,} asked for; the text has no more pairs that repeat)"
 
 
 def counted(number: int, noun: str) -> str:

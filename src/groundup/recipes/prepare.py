@@ -51,10 +51,18 @@ def prepare_dataset(sources: Sequence[str], target: Path, settings: Settings, sa
 
 def report(dataset: Dataset, say: Say) -> None:
     """Say what a dataset holds."""
+    tokens = sum(split.tokens for split in dataset.splits.values())
     for name, split in dataset.splits.items():
-        ratio = f", {split.bytes / split.tokens:.2f} bytes per token" if split.tokens and split.bytes else ""
-        of = f" of {counted(split.documents, 'document')}" if split.documents else ""
-        say(f"{name}: {counted(split.tokens, 'token')}{of} in {counted(len(split.shards), 'shard')}{ratio}")
+        if not split.tokens:
+            continue
+        parts = [counted(split.tokens, "token")]
+        parts[0] += f" of {counted(split.documents, 'document')}" if split.documents else ""
+        parts[0] += f" in {counted(len(split.shards), 'shard')}"
+        if split.bytes:
+            parts.append(f"{split.bytes / split.tokens:.2f} bytes per token")
+        if split.tokens < tokens:
+            parts.append(f"{split.tokens / tokens:.1%} of all")
+        say(f"{name}: {', '.join(parts)}")
 
 
 def summary(dataset: Dataset) -> dict[str, Any]:

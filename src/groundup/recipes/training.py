@@ -166,6 +166,9 @@ def open_training(sources: Sequence[str], run: Path, settings: Settings, say: Sa
 
 def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Settings, say: Say) -> Training:
     """What ``open_training`` says; what must be let go of afterwards is put on the stack."""
+    machine = machine_for(settings[MachineOptions], training=True)
+    if any(run.resolve() == Path(source).resolve() for source in sources):
+        raise ConfigError(f"output_dir: {run} is the source itself; choose another folder, for instance {run.name}-run")
     created = not run.exists()
     make_directory(run)
     _require_ours(run)
@@ -179,7 +182,6 @@ def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Setti
     require_windows(dataset, options.n_positions)
     dataset.verify()
 
-    machine = machine_for(settings[MachineOptions], training=True)
     model_config = GPT2Config(
         vocab_size=dataset.tokenizer.vocab_size,
         **{f.name: getattr(options, f.name) for f in fields(options) if f.name != "model"},
@@ -208,7 +210,8 @@ def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Setti
     kept_steps = -1 if checkpoint is None else state.step
     rewind(run / METRICS, kept_steps)
     rewind(run / SAMPLES, kept_steps)
-    _write_config(run, sources, settings, prepared_here=dataset.directory == run / DATASET)
+    if state.step < plan.total_steps:
+        _write_config(run, sources, settings, prepared_here=dataset.directory == run / DATASET)
     forward: Forward = torch.compile(model) if settings[MachineOptions].torch_compile else model
     return Training(run, settings, dataset, machine, model, forward, optimizer, plan, state, identity)
 
@@ -275,7 +278,8 @@ def _resumed_state(checkpoint: Path, identity: dict[str, Any]) -> TrainState:
     if differences := [f"{k}: {was.get(k)} → {identity.get(k)}" for k in keys if was.get(k) != identity.get(k)]:
         raise ConfigError(
             f"run {checkpoint.parent}: cannot resume {checkpoint.name} with changed {'; '.join(differences)}; give the "
-            "values it was started with, or another --output-dir for a new run"
+            f"values it was started with (they are in {checkpoint.parent / CONFIG}, which --config reads), or another "
+            "--output-dir for a new run"
         )
     return state
 
@@ -305,8 +309,8 @@ def _write_config(run: Path, sources: Sequence[str], settings: Settings, *, prep
             for key, value in asdict(options).items()
             if value is not None and (prepared_here or group not in PREPARE_GROUPS or settings.origins[key] != "default")
         }
-    head = f"{RUN_HEADER} {__version__}); start another like it with\n"
-    head += f"# groundup train --config {CONFIG} --output-dir ANOTHER\n\n"
+    head = f"{RUN_HEADER} {__version__}); another like it, from the same folder:\n"
+    head += f"# groundup train --config {run / CONFIG} --output-dir ANOTHER\n\n"
     replace_durably(run / CONFIG, (head + tomli_w.dumps(document)).encode(errors="backslashreplace"))
 
 
