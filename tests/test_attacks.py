@@ -124,3 +124,31 @@ def test_bad_steps_do_not_push_out_good_checkpoints(text_file, tmp_path):
         groundup.train(text_file, tmp_path / "run", **options)
     kept = [json.loads((path / "trainer_state.json").read_text())["state"] for path in checkpoints(tmp_path / "run")]
     assert any(state["skipped_in_a_row"] == 0 for state in kept)
+
+
+def test_the_source_is_not_the_output(tmp_path):
+    (tmp_path / "text.txt").write_text(make_text(), encoding="utf-8")
+    with pytest.raises(ConfigError, match="is the source itself"):
+        groundup.train(tmp_path, tmp_path, **QUICK)
+
+
+def test_every_command_reads_a_runs_configuration(text_file, tmp_path):
+    """It holds the options of training; evaluate takes those that it has too, and still names what nobody has."""
+    groundup.train(text_file, tmp_path / "run", **QUICK)
+    config = tmp_path / "run" / "config.toml"
+    assert command("evaluate", tmp_path / "run", "--config", config).code == 0
+    (tmp_path / "typo.toml").write_text("bf61 = false\n")
+    done = command("evaluate", tmp_path / "run", "--config", tmp_path / "typo.toml")
+    assert (done.code, "bf16" in done.err) == (2, True)
+
+
+def test_a_run_that_has_nothing_to_do_leaves_its_configuration(text_file, tmp_path):
+    groundup.train(text_file, tmp_path / "run", **QUICK)
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    groundup.train(text_file, tmp_path / "run", **QUICK | {"max_steps": 2})
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+
+
+def test_a_short_run_warms_up(text_file, tmp_path):
+    with groundup.open_training(text_file, tmp_path / "run", **QUICK) as training:
+        assert training.plan.warmup_steps == 1
