@@ -168,7 +168,9 @@ def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Setti
     """What ``open_training`` says; what must be let go of afterwards is put on the stack."""
     machine = machine_for(settings[MachineOptions], training=True)
     if any(run.resolve() == Path(source).resolve() for source in sources):
-        raise ConfigError(f"output_dir: {run} is the source itself; name another folder with --output-dir, for instance {run.name}-run")
+        raise ConfigError(
+            f"output_dir: {run} is the source itself; name another folder with --output-dir, for instance {run.name}-run"
+        )
     created = not run.exists()
     make_directory(run)
     _require_ours(run)
