@@ -155,7 +155,7 @@ def newest_good(run: Path, say: Say) -> Path | None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints; 0 keeps all. Leftovers of killed runs go too."""
+    """Delete all but the newest ``keep`` checkpoints; 0 keeps all."""
     for path in checkpoints(run)[: -keep or None] if keep else []:
         remove_directory(path)
 

@@ -1,4 +1,4 @@
-"""Model presets: the published GPT-2 shapes, and small ones for laptops. The model's parts live here as plain values."""
+"""Model presets: the published GPT-2 shapes, and small ones for laptops, as plain values."""
 
 # GPT-2's shapes: Radford et al. 2019, table 2 (its parameter counts are wrong; 124M, 355M, 774M and 1558M are right).
 # Learning rates: GPT-3's for the nearest size, Brown et al. 2020, table 2.1. Small ones: measured in docs/log.md.
