@@ -33,8 +33,12 @@ class GPT2Config:
     resid_pdrop: float = 0.0
     embd_pdrop: float = 0.0
     attn_pdrop: float = 0.0
+    activation_function: str = "gelu_new"
+    """GELU in the MLP: ``gelu_new``, its tanh form, which GPT-2 has; or ``gelu``, exact, which nanoGPT has."""
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    """Whether the head is the token embedding, as in GPT-2; else it is a matrix of its own, ``lm_head``."""
 
 
 class Attention(nn.Module):
@@ -52,33 +56,33 @@ class Attention(nn.Module):
         """(B, T, C) to (B, T, C); with a cache, the T tokens also attend to the cached ones before them."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        mask = None
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, H, cached + T, D)
-        # A single new token sees all that is cached; several see a triangle that ends at the right.
-        mask = None
-        if cache is not None and 1 < T < k.size(2):
-            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+            mask = cache.mask
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=k.size(2) == T, dropout_p=self.attn_pdrop if self.training else 0.0
-        )  # (B, H, T, D)
+            q, k, v, attn_mask=mask, is_causal=mask is None and k.size(2) == T,
+            dropout_p=self.attn_pdrop if self.training else 0.0,
+        )  # (B, H, T, D)  # fmt: skip
         y = y.transpose(1, 2).reshape(B, T, C)
         dropped: Tensor = self.resid_dropout(self.c_proj(y))
         return dropped
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward network with GELU (Hendrycks and Gimpel 2016) in its tanh form."""
+    """Position-wise feed-forward network with GELU (Hendrycks and Gimpel 2016), in GPT-2 its tanh form."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, inner)
         self.c_proj = nn.Linear(inner, config.n_embd)
+        self.approximate = {"gelu_new": "tanh", "gelu": "none"}[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        dropped: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        dropped: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
         return dropped
 
 
@@ -100,7 +104,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Token and position embeddings, blocks, a last layer norm; the head is the token embedding (tied)."""
+    """Token and position embeddings, blocks, a last layer norm; the head is the token embedding unless it is untied."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -110,6 +114,7 @@ class GPT2(nn.Module):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """
@@ -119,13 +124,13 @@ class GPT2(nn.Module):
             input_ids: int64 ids below the vocabulary; with the cached tokens at most n_positions of them.
             cache: keys and values of the tokens before; extended by these.
         """
-        start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + input_ids.size(1), device=input_ids.device)
+        T = input_ids.size(1)
+        positions = torch.arange(T, device=input_ids.device) if cache is None else cache.begin(T)
         x = self.drop(self.wte(input_ids) + self.wpe(positions))  # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, cache, layer)
         if cache is not None:
-            cache.advance(input_ids.size(1))
+            cache.advance(T)
         normed: Tensor = self.ln_f(x)
         return normed
 
@@ -135,8 +140,8 @@ class GPT2(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output matrix (V, C): the token embedding itself."""
-        return self.wte.weight
+        """The output matrix (V, C): the token embedding itself, where the two are tied."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
 
 def initialize(model: GPT2, generator: torch.Generator) -> None:
