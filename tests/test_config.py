@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 import groundup
 from groundup.config.load import Given, read_config_file, resolve
 from groundup.config.options import (
-    EVALUATE_GROUPS,
-    GENERATE_GROUPS,
+    COMMANDS,
     PREPARE_GROUPS,
     TRAIN_GROUPS,
     BatchOptions,
@@ -28,7 +27,6 @@ from groundup.config.reference import reference
 from groundup.errors import ConfigError
 from tests.conftest import groundup as command
 
-COMMANDS = {"prepare": PREPARE_GROUPS, "train": TRAIN_GROUPS, "evaluate": EVALUATE_GROUPS, "generate": GENERATE_GROUPS}
 GROUPS = list(dict.fromkeys(group for groups in COMMANDS.values() for group in groups))
 DECLARED = [pytest.param(group, f, id=f"{group.__name__}.{f.name}") for group in GROUPS for f in fields(group)]
 

@@ -24,10 +24,13 @@ _PUBLIC = {
     "Tokenizer": "groundup.tokenizer.tokenizer",
     "Training": "groundup.recipes.training",
     "evaluate": "groundup.recipes.api",
+    "export": "groundup.recipes.api",
     "generate": "groundup.recipes.api",
+    "import_model": "groundup.recipes.api",
     "load": "groundup.recipes.api",
     "open_training": "groundup.recipes.api",
     "prepare": "groundup.recipes.api",
+    "score": "groundup.recipes.api",
     "train": "groundup.recipes.api",
 }
 

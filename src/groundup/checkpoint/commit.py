@@ -35,15 +35,19 @@ class NotDamagedError(CheckpointError):
 
 
 def commit(run: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Make RUN/checkpoint-``step``; see ``commit_as``."""
+    return commit_as(run / f"checkpoint-{step}", step, write)
+
+
+def commit_as(target: Path, step: int, write: Callable[[Path], None]) -> Path:
     """
-    Make RUN/checkpoint-``step`` from the files that ``write`` puts into the directory it is given.
+    Make a checkpoint directory from the files that ``write`` puts into the directory it is given; replaces an old one.
 
     Raises:
-        ResourceError: the disk is full; nothing of the checkpoint is left, older ones are untouched.
+        ResourceError: the disk is full; nothing of the checkpoint is left, what was there before is untouched.
     """
-    target = run / f"checkpoint-{step}"
-    staging = run / f".checkpoint-{step}.partial"
-    with explained_os_errors(run, f"checkpoint {step}"):
+    staging = target.with_name(f".{target.name}.partial")
+    with explained_os_errors(target.parent, f"checkpoint {target.name}"):
         try:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
@@ -56,7 +60,7 @@ def commit(run: Path, step: int, write: Callable[[Path], None]) -> Path:
                 files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
             write_durably(staging / MANIFEST, _manifest_bytes(step, files))
             sync_directory(staging)
-            replaced = run / f".replaced-{target.name}"
+            replaced = target.with_name(f".replaced-{target.name}")
             if target.exists():
                 target.rename(replaced)
             rename_durably(staging, target)

@@ -41,6 +41,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Pat
         optimizer.state[parameter][slot] = tensor.to(parameter.device)
     # All or none: before the first update an optimizer has no state.
     slots = {key.partition("/")[2] for key in tensors}
-    missing = [f"{name}/{slot}" for name in parameters for slot in slots if f"{name}/{slot}" not in tensors]
+    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    missing = [f"{name}/{slot}" for name in trained for slot in slots if f"{name}/{slot}" not in tensors]
     if missing:
         raise CheckpointError(f"checkpoint {path}: lacks {len(missing)} tensors of the optimizer (first: {missing[0]})")

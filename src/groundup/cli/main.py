@@ -18,15 +18,20 @@ import click
 
 from groundup import __version__
 from groundup.config.load import Given, Settings, read_config_file, resolve
-from groundup.config.options import EVALUATE_GROUPS, GENERATE_GROUPS, PREPARE_GROUPS, TRAIN_GROUPS
+from groundup.config.options import (
+    COMMANDS,
+    EVALUATE_GROUPS,
+    EXPORT_GROUPS,
+    GENERATE_GROUPS,
+    IMPORT_GROUPS,
+    PREPARE_GROUPS,
+    SCORE_GROUPS,
+    TRAIN_GROUPS,
+)
 from groundup.config.presets import PRESET_OPTIONS
 from groundup.errors import ConfigError, GroundupError
 
-ALL_NAMES = {
-    declaration.name
-    for group in (*PREPARE_GROUPS, *TRAIN_GROUPS, *EVALUATE_GROUPS, *GENERATE_GROUPS)
-    for declaration in fields(group)
-}
+ALL_NAMES = {declaration.name for groups in COMMANDS.values() for group in groups for declaration in fields(group)}
 Run = Callable[[dict[str, Any], Settings], tuple[dict[str, Any], str]]
 
 EXIT_CODES = """\b
@@ -157,7 +162,8 @@ def _verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.
                 key: Given(value, f"--{key.replace('_', '-')}") for key, value in given.items() if value not in (None, ())
             }
             result, text = run({**own, "json": json_output}, resolve(groups, layers))
-            print(_json(result) if json_output else text, flush=True)
+            if json_output or text:
+                print(_json(result) if json_output else text, flush=True)
 
         parameters: list[click.Parameter] = [*arguments]
         for group in groups:
@@ -250,8 +256,55 @@ def _evaluate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], 
     )
 
 
-@_verb("generate", "Continue a prompt, streaming the text as it comes.", GENERATE_GROUPS, [_CHECKPOINT])
+@_verb(
+    "import",
+    "Make a checkpoint from other people's weights.\n\nA SOURCE is a Hugging Face folder, OpenAI's GPT-2 folder, a state dict "
+    "of nanoGPT, build-nanogpt or LLMs-from-scratch, or a .gguf file; openai:124M (355M, 774M, 1558M) and hf:OWNER/NAME "
+    "are downloaded.",
+    IMPORT_GROUPS,
+    [click.Argument(["source"], metavar="SOURCE"), click.Argument(["target"], metavar="FOLDER")],
+)
+def _import(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
+    from groundup.recipes.importing import import_model
+    from groundup.tracking.progress import progress
+
+    with progress() as shown:
+        result = import_model(own["source"], Path(own["target"]), settings, shown.say)
+    return result, (
+        f"{result['checkpoint']}: {result['format']}, {result['parameters']:,} parameters, vocabulary "
+        f"{result['vocab_size']:,}, context {result['n_positions']:,}\n"
+        f'next: groundup generate {result["checkpoint"]} --prompt "…"\n'
+        f"      groundup train TEXT --init-from {result['checkpoint']} --output-dir RUN"
+    )
+
+
+@_verb(
+    "export",
+    "Write a model for other programs: transformers, llama.cpp, OpenAI's own code; then read it back and compare.",
+    EXPORT_GROUPS,
+    [_CHECKPOINT, click.Argument(["target"], metavar="PATH")],
+)
+def _export(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
+    from groundup.recipes.exporting import export
+    from groundup.tracking.progress import progress
+
+    with progress() as shown:
+        result = export(Path(own["checkpoint"]), Path(own["target"]), settings, shown.say)
+    return result, (
+        f"{result['path']}: {result['format']}, {result['dtype']}, {result['parameters']:,} parameters, "
+        f"{result['bytes'] / 1e6:,.1f} MB"
+    )
+
+
+@_verb(
+    "generate",
+    "Continue a prompt, streaming the text as it comes; without one, at a terminal, prompts are asked for.",
+    GENERATE_GROUPS,
+    [_CHECKPOINT],
+)
 def _generate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
+    from groundup.config.options import GenerationOptions
+    from groundup.recipes.converse import converse
     from groundup.recipes.generate import generate
     from groundup.tracking.progress import progress
 
@@ -260,7 +313,30 @@ def _generate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], 
             sys.stdout.write(text)
             sys.stdout.flush()
 
+    path, options = Path(own["checkpoint"]), settings[GenerationOptions]
     with progress() as shown:
-        result = generate(Path(own["checkpoint"]), settings, shown.say, stream)
+        if not options.prompt and not options.prompt_file and not own["json"] and sys.stdin.isatty():
+            converse(path, settings, shown.say, stream)
+            return {}, ""
+        result = generate(path, settings, shown.say, stream, logprobs=own["json"])
         shown.say(f"({sum(len(c['token_ids']) for c in result['completions'])} tokens, {result['tokens_per_second']} tok/s)")
+    return result, ""
+
+
+@_verb(
+    "score",
+    "Show how surprised a model is by each token of a text: coloured at a terminal, else a table.",
+    SCORE_GROUPS,
+    [_CHECKPOINT],
+)
+def _score(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
+    from groundup.recipes.score import score
+    from groundup.tracking.progress import progress
+    from groundup.tracking.surprise import show_surprise
+
+    with progress() as shown:
+        result = score(Path(own["checkpoint"]), settings, shown.say)
+    if not own["json"]:
+        for text in result["texts"]:
+            show_surprise(text)
     return result, ""

@@ -15,7 +15,7 @@ from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from groundup.config.presets import PRESETS
+from groundup.config.presets import FINE_TUNING, PRESETS
 from groundup.errors import ConfigError
 
 Group = TypeVar("Group")
@@ -111,6 +111,9 @@ def contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> lis
         return all(name in values and origins[name] != "default" for name in names)
 
     problems = []
+    # The shape of somebody's weights is known once they are read; then these rules are asked again.
+    if values.get("init_from") and origins["n_positions"] == "default":
+        return []
     if "n_embd" in values and values["n_embd"] % values["n_head"]:
         width, heads = values["n_embd"], values["n_head"]
         nearest = max(1, round(width / heads)) * heads
@@ -139,6 +142,33 @@ def contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> lis
                 f"total_batch_tokens: {total} (from {origins['total_batch_tokens']}) is less than one window of "
                 f"n_positions {window} (from {origins['n_positions']}); give at least {window}"
             )
+    return problems + _decoding_contradictions(values, origins)
+
+
+def _decoding_contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
+    """Rules across the options of generate."""
+    beams, problems = values.get("num_beams", 1), []
+    if beams > 1:
+        sampling = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0}
+        given = [name for name, off in sampling.items() if origins[name] != "default" and values[name] != off]
+        problems += [
+            f"{name}: {values[name]} (from {origins[name]}) samples, num_beams {beams} (from {origins['num_beams']}) searches "
+            "for the likeliest text; give one of them"
+            for name in given
+        ]
+        if values["num_return_sequences"] > beams:
+            problems.append(
+                f"num_return_sequences: {values['num_return_sequences']} (from {origins['num_return_sequences']}) is more than "
+                f"num_beams {beams} (from {origins['num_beams']}) find; give at most that"
+            )
+    elif "num_beams" in values:
+        given = [name for name, off in (("length_penalty", 1), ("early_stopping", "false")) if values[name] != off]
+        problems += [
+            f"{name}: {values[name]!r} (from {origins[name]}) acts on beams only; add --num-beams, or leave it out"
+            for name in given
+        ]
+    if "" in values.get("stop_strings", ()):
+        problems.append(f"stop_strings: '' (from {origins['stop_strings']}) is in every text; give at least one character")
     return problems
 
 
@@ -156,6 +186,15 @@ def _with_preset(given: Mapping[str, Given], declared: Mapping[str, Any]) -> dic
     """The preset's values for the options of this command, if the command has a ``model`` option."""
     if "model" not in declared:
         return {}
+    if "init_from" in given and given["init_from"].value:
+        # A resolved configuration file holds both; there the shape is written out.
+        both_in_file = given["init_from"].origin.startswith("file ")
+        if "model" in given and not (both_in_file and given["model"].origin == given["init_from"].origin):
+            raise ConfigError(
+                f"model: {given['model'].value!r} (from {given['model'].origin}) names a shape, but init_from "
+                f"{given['init_from'].value!r} has its own; leave --model out"
+            )
+        return {key: Given(value, "fine-tuning") for key, value in FINE_TUNING.items()}
     name = str(given["model"].value) if "model" in given else str(declared["model"][1].default)
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
@@ -178,6 +217,8 @@ def _converted(value: object, hint: Any) -> Any:
     if hint is float:
         return _number(value)
     if hint is str:
+        if isinstance(value, bool):  # an option that is true, false or a word
+            return str(value).lower()
         if not isinstance(value, str | Path):
             raise ValueError("is not text")
         return _text(value)

@@ -129,8 +129,29 @@ class ModelOptions:
     )
     embd_pdrop: float = option(0.0, "Dropout on the embeddings.", at_least=0, below=1, why="as resid_pdrop")
     attn_pdrop: float = option(0.0, "Dropout on the attention weights.", at_least=0, below=1, why="as resid_pdrop")
+    activation_function: str = option(
+        "gelu_new", "GELU in the MLP: gelu_new, its tanh form, as GPT-2; or gelu, exact.", choices=("gelu_new", "gelu")
+    )
     layer_norm_epsilon: float = option(1e-5, "Epsilon in the layer norms.", above=0)
     initializer_range: float = option(0.02, "Standard deviation of the initial weights.", at_least=0)
+    tie_word_embeddings: bool = option(True, "Use the token embedding as the head, as GPT-2 does.")
+
+
+@dataclass(frozen=True)
+class InitialWeightsOptions:
+    """Initial weights: somebody's, or random ones."""
+
+    init_from: str = option(
+        "",
+        "Start from these weights instead of random ones: a run, a checkpoint, or whatever `groundup import` reads. Shape and "
+        "tokenizer are theirs; n_positions may be another: positions are cut off, or added as copies of the first.",
+        why="ours: the word is nanoGPT's",
+    )
+    freeze: tuple[str, ...] = option(
+        (),
+        "Leave parameters with such names as they are, e.g. 'wte*' or 'h.[0-5].*' (repeatable).",
+        why="ours: Hugging Face leaves it to a loop in Python",
+    )
 
 
 @dataclass(frozen=True)
@@ -283,6 +304,9 @@ class GenerationOptions:
     """Generation: how the next token is chosen."""
 
     prompt: tuple[str, ...] = option((), "Text to continue (repeatable).", why="ours")
+    prompt_file: tuple[str, ...] = option(
+        (), "Text to continue, from a file; - is standard input (repeatable).", why="ours: a long prompt fits no command line"
+    )
     max_new_tokens: int = option(
         128, "Tokens to generate at most.", unit="tokens", at_least=1, why="Hugging Face's 20 is half a sentence"
     )
@@ -291,6 +315,42 @@ class GenerationOptions:
     )
     top_k: int = option(50, "Sample from the k most likely tokens; 0 is off.", at_least=0)
     top_p: float = option(1.0, "Sample from the fewest tokens whose probability reaches p; 1 is off.", above=0, at_most=1)
+    min_p: float = option(
+        0.0,
+        "Sample from the tokens at least this many times as likely as the likeliest; 0 is off.",
+        at_least=0,
+        at_most=1,
+        why="Hugging Face spells 'off' as None",
+    )
+    repetition_penalty: float = option(
+        1.0, "Divide the score of tokens that are there already, or multiply it where negative; 1 is off.", above=0
+    )
+    num_beams: int = option(1, "Beam search with so many beams instead of sampling; 1 is off.", unit="beams", at_least=1)
+    length_penalty: float = option(
+        1.0, "Beams: divide the summed log-probability by length to this power; above 0 favours longer text."
+    )
+    early_stopping: str = option(
+        "false",
+        "Beams: stop once num_beams have ended (true), once no better one is likely (false), once none is possible (never).",
+        choices=("true", "false", "never"),
+        why="Hugging Face's False and True as words, because never is one",
+    )
+    num_return_sequences: int = option(
+        1, "Completions of each prompt; with beams the best ones, at most num_beams.", at_least=1
+    )
+    stop_strings: tuple[str, ...] = option(
+        (), "End the text before this string (repeatable).", why="Hugging Face leaves it in the text; servers do not"
+    )
+    top_logprobs: int = option(
+        5,
+        "Likeliest tokens that --json reports at each place, with their log-probabilities.",
+        unit="tokens",
+        at_least=0,
+        why="ours: the name is that of OpenAI's API",
+    )
+    batch_size: int = option(
+        8, "Completions written at the same time.", at_least=1, why="ours: the name of pipelines' argument"
+    )
     seed: int = option(42, "Seed of the draws.", at_least=0)
 
 
@@ -307,6 +367,58 @@ class EvaluationOptions:
     )
 
 
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Scoring: which text to look at."""
+
+    text: tuple[str, ...] = option((), "Text to score (repeatable).", why="ours")
+    text_file: tuple[str, ...] = option((), "Text to score, from a file; - is standard input (repeatable).", why="ours")
+    top_logprobs: int = option(
+        5,
+        "Likeliest tokens that --json reports at each place, with their log-probabilities.",
+        unit="tokens",
+        at_least=0,
+        why="ours: the name is that of OpenAI's API",
+    )
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Import: what the files do not say."""
+
+    tokenizer: str = option(
+        "",
+        "The tokenizer that the model was trained with, where its files hold none: gpt2, or the path of a tokenizer.json or "
+        "of a folder that holds one.",
+        why="ours: a state dict has no tokenizer",
+    )
+    n_head: int = option(
+        0, "Attention heads, where the files do not say how many; 0 takes what they say.", at_least=0, why="files say it"
+    )
+    mirror: tuple[str, ...] = option(
+        (), "Download OpenAI's files from this address instead, e.g. https://host/gpt-2/models (repeatable).", why="ours"
+    )
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Export: in which form."""
+
+    format: str = option(
+        "hf",
+        "hf (a folder for transformers), gguf (a file for llama.cpp), or openai-state-dict (a folder as OpenAI released "
+        "GPT-2: a TensorFlow checkpoint without its graph).",
+        choices=("hf", "gguf", "openai-state-dict"),
+        why="ours",
+    )
+    dtype: str = option(
+        "f32",
+        "Type of the weights: f32, f16, bf16; for gguf also q8_0. Always computed from float32.",
+        choices=("f32", "f16", "bf16", "q8_0"),
+        why="ours: the names are GGUF's",
+    )
+
+
 # fmt: on
 
 PREPARE_GROUPS = (DataOptions, TokenizerOptions)
@@ -314,6 +426,7 @@ TRAIN_GROUPS = (
     DataOptions,
     TokenizerOptions,
     ModelOptions,
+    InitialWeightsOptions,
     BatchOptions,
     OptimizerOptions,
     RunOptions,
@@ -321,3 +434,16 @@ TRAIN_GROUPS = (
 )
 EVALUATE_GROUPS = (EvaluationOptions, MachineOptions)
 GENERATE_GROUPS = (GenerationOptions, MachineOptions)
+SCORE_GROUPS = (ScoreOptions, MachineOptions)
+IMPORT_GROUPS = (ImportOptions,)
+EXPORT_GROUPS = (ExportOptions,)
+
+COMMANDS = {
+    "prepare": PREPARE_GROUPS,
+    "train": TRAIN_GROUPS,
+    "evaluate": EVALUATE_GROUPS,
+    "generate": GENERATE_GROUPS,
+    "score": SCORE_GROUPS,
+    "import": IMPORT_GROUPS,
+    "export": EXPORT_GROUPS,
+}

@@ -19,5 +19,9 @@ PRESETS: dict[str, dict[str, int | float]] = {
                   "total_batch_tokens": 2**11, "learning_rate": 3e-3},
 }  # fmt: skip
 
+# With --init-from, in place of a preset's: the shape is the model's. The rate is Hugging Face's default; the batch suits
+# texts that are small beside what the model has seen.
+FINE_TUNING: dict[str, int | float] = {"total_batch_tokens": 2**12, "learning_rate": 5e-5}
+
 PRESET_OPTIONS = frozenset(name for values in PRESETS.values() for name in values)
 """Options whose default is the preset's."""

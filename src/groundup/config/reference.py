@@ -3,15 +3,8 @@
 from dataclasses import Field, fields
 from typing import Any, get_type_hints
 
-from groundup.config.options import EVALUATE_GROUPS, GENERATE_GROUPS, PREPARE_GROUPS, TRAIN_GROUPS
+from groundup.config.options import COMMANDS, TRAIN_GROUPS
 from groundup.config.presets import PRESET_OPTIONS, PRESETS
-
-COMMANDS = {
-    "prepare": PREPARE_GROUPS,
-    "train": TRAIN_GROUPS,
-    "evaluate": EVALUATE_GROUPS,
-    "generate": GENERATE_GROUPS,
-}
 
 HEAD = """# Options
 

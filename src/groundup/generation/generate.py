@@ -1,15 +1,43 @@
-"""Tokens one after the other, with a cache of keys and values; text as it becomes readable."""
+"""Tokens one after the other, for many texts at once, with a cache of keys and values."""
 
-import codecs
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from groundup.errors import DivergedError
-from groundup.generation.sampling import Chooser
+from groundup.generation.sampling import Sampler
 from groundup.model.gpt2 import GPT2
 from groundup.model.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token, as soon as it is chosen."""
+
+    prompt: int
+    """Which of the prompts it continues."""
+    token: int
+    logprob: float = 0.0
+    """Natural logarithm of its probability in the model's own distribution, before any filter."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens there with their log-probabilities, best first."""
+
+
+@dataclass
+class _Text:
+    """A text that is being written: one row of the batch."""
+
+    prompt: int
+    ids: list[int]
+    room: int
+    """Tokens that may still be added."""
+    generator: torch.Generator
+    window: int = -1
+    """Where the window begins that the cache holds; -1: nothing yet."""
 
 
 def window_start(tokens: int, n_positions: int) -> int:
@@ -25,60 +53,122 @@ def window_start(tokens: int, n_positions: int) -> int:
     return -(-(tokens - n_positions) // half) * half
 
 
+def new_cache(model: GPT2, rows: int) -> KVCache:
+    """An empty cache for ``rows`` texts of a model."""
+    config = model.config
+    width = config.n_embd // config.n_head
+    return KVCache.empty(config.n_layer, rows, config.n_head, config.n_positions, width, model.head_weight)
+
+
+def require_finite(logits: Tensor) -> None:
+    """
+    Refuse scores from which nothing can be chosen.
+
+    Raises:
+        DivergedError: one of them is not a finite number.
+    """
+    # One pass: a sum is finite unless an addend is not, or unless they are too large to be anything but diverged.
+    if not math.isfinite(logits.float().sum()):
+        raise DivergedError("the model's scores are not finite, so its training diverged; use an earlier checkpoint")
+
+
 def generate_tokens(
     model: GPT2,
-    prompt: Sequence[int],
-    choose: Chooser,
+    prompts: Sequence[Sequence[int]],
+    sampler: Sampler,
     *,
+    seeds: Sequence[int],
     max_new_tokens: int,
     end_of_text_id: int,
     usable_ids: int | None = None,
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    batch_size: int = 8,
+    top_logprobs: int | None = None,
+    ended: Callable[[int], bool] = lambda prompt: False,
     use_cache: bool = True,
-) -> Iterator[int]:
+) -> Iterator[Drawn]:
     """
-    Continue a prompt, one token at a time; ends after the end-of-text token, which is yielded too.
+    Continue prompts of any lengths together; each ends after its end-of-text token, which is yielded too.
+
+    A text depends on its prompt and its seed, not on its neighbours in the batch. When one ends, the next prompt takes its
+    row.
 
     Args:
-        prompt: at least one token id.
-        choose: from logits (V,) to a token id.
+        prompts: token ids, at least one each.
+        seeds: of each prompt's draws.
         usable_ids: only ids below this are chosen: a padded vocabulary has ids without a token.
+        batch_size: texts that are written at the same time.
+        top_logprobs: report log-probabilities, and those of so many of the likeliest tokens; None computes none.
+        ended: asked after each token whether the text of that prompt is to end there.
         use_cache: False computes every step from scratch; the tokens are the same.
+
+    Raises:
+        DivergedError: the model's scores are not finite.
     """
-    config = model.config
-    ids = list(prompt)
     model.eval()
-    cache: KVCache | None = None
-    if use_cache:
-        cache = KVCache.empty(
-            config.n_layer, 1, config.n_head, config.n_positions, config.n_embd // config.n_head, model.head_weight
-        )
-    cached_from = 0
-    for _ in range(max_new_tokens):
-        start = window_start(len(ids), config.n_positions)
-        new = ids[start:]
-        if cache is not None:
-            if start != cached_from:
-                cache.clear()
-                cached_from = start
-            new = ids[start + cache.length :]
-        with torch.inference_mode(), autocast():
-            hidden = model(torch.tensor([new], device=model.head_weight.device), cache)
-            logits = model.logits(hidden[0, -1])[:usable_ids]
-        if not torch.isfinite(logits).all():
-            raise DivergedError("the model's scores are not finite, so its training diverged; use an earlier checkpoint")
-        token = choose(logits)
-        yield token
-        if token == end_of_text_id:
-            return
-        ids.append(token)
+    waiting = deque(
+        _Text(number, list(ids), max_new_tokens, torch.Generator().manual_seed(seed))
+        for number, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))
+    )
+    texts = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
+    cache = new_cache(model, len(texts)) if use_cache and texts else None
+    while texts:
+        with torch.inference_mode():
+            logits = _next_logits(model, texts, cache)[:, :usable_ids]  # (B, V)
+            require_finite(logits)
+            drawn = [_draw(text, row, sampler, top_logprobs) for text, row in zip(texts, logits, strict=True)]
+        staying = []
+        for row, (text, choice) in enumerate(zip(texts, drawn, strict=True)):
+            text.ids.append(choice.token)
+            text.room -= 1
+            yield choice
+            if choice.token != end_of_text_id and text.room and not ended(text.prompt):
+                staying.append((row, text))
+            elif waiting:
+                staying.append((row, waiting.popleft()))
+        if cache is not None and 0 < len(staying) < len(texts):
+            cache = cache.select([row for row, _ in staying])
+        texts = [text for _, text in staying]
 
 
-def readable(tokens: Iterable[int], token_bytes: Sequence[bytes]) -> Iterator[str]:
-    """Text of tokens as they come, whole characters only; bytes that are not UTF-8 become U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        if text := decoder.decode(token_bytes[token]):
-            yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
+def _draw(text: _Text, logits: Tensor, sampler: Sampler, top_logprobs: int | None) -> Drawn:
+    """Choose the next token of one text from logits (V,)."""
+    seen = torch.tensor(text.ids, device=logits.device) if sampler.repetition_penalty != 1 else None
+    token = sampler.draw(logits, text.generator, seen)
+    if top_logprobs is None:
+        return Drawn(text.prompt, token)
+    logprobs = logits.float().log_softmax(-1)
+    best = logprobs.topk(min(top_logprobs, len(logprobs)))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Drawn(text.prompt, token, float(logprobs[token]), top)
+
+
+def _next_logits(model: GPT2, texts: list[_Text], cache: KVCache | None) -> Tensor:
+    """Logits (B, V) of the token that follows each text."""
+    device, length = model.head_weight.device, model.config.n_positions
+    starts = [window_start(len(text.ids), length) for text in texts]
+    if cache is None:
+        windows = [torch.tensor([text.ids[start:]], device=device) for text, start in zip(texts, starts, strict=True)]
+        return torch.cat([model.logits(model(window)[:, -1]) for window in windows])
+    for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        if text.window != start:
+            _fill(model, texts, row, start, cache)
+    last = torch.tensor([[text.ids[-1]] for text in texts], device=device)  # (B, 1)
+    hidden = model(last, cache)[:, -1]  # (B, C)
+    # A single row as a vector: see OneRowLinear.
+    return model.logits(hidden[0])[None] if len(texts) == 1 else model.logits(hidden)
+
+
+def _fill(model: GPT2, texts: list[_Text], row: int, start: int, cache: KVCache) -> None:
+    """Put all tokens of a window but the last into a text's row; the last one goes with the other rows' last ones."""
+    text = texts[row]
+    tokens = text.ids[start:-1]
+    # Several completions of one prompt begin alike.
+    twin = next((other for other in range(row) if texts[other].window == start and texts[other].ids == text.ids), None)
+    own = cache.row(row)
+    if twin is not None:
+        own.keys[:, :, :, : len(tokens)] = cache.keys[:, twin : twin + 1, :, : len(tokens)]
+        own.values[:, :, :, : len(tokens)] = cache.values[:, twin : twin + 1, :, : len(tokens)]
+    elif tokens:
+        model(torch.tensor([tokens], device=cache.keys.device), own)
+    cache.lengths[row] = len(tokens)
+    text.window = start

@@ -65,8 +65,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             matrix = weight.to(dtype)  # (V, C)
             total = torch.zeros((), device=rows.device, dtype=torch.float32 if dtype != torch.float64 else dtype)
-            rows_gradient = torch.empty_like(rows) if needs_gradient else None
-            weight_gradient = torch.zeros_like(weight) if needs_gradient else None
+            # Frozen weights below or in the head need no gradient.
+            rows_gradient = torch.empty_like(rows) if needs_gradient and ctx.needs_input_grad[0] else None
+            weight_gradient = torch.zeros_like(weight) if needs_gradient and ctx.needs_input_grad[1] else None
             block = _block_rows(weight.size(0))
             for start in range(0, rows.size(0), block):
                 x = rows[start : start + block].to(dtype)  # (N, C)
@@ -74,22 +75,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = (x @ matrix.T).to(total.dtype)  # (N, V)
                 log_total = logits.logsumexp(-1, keepdim=True)
                 total += (log_total - logits.gather(1, y)).sum()
-                if rows_gradient is not None and weight_gradient is not None:
+                if needs_gradient:
                     # d loss / d logits = softmax(logits) - one_hot(labels)
                     slope = logits.sub_(log_total).exp_()
                     slope.scatter_add_(1, y, torch.full_like(log_total, -1.0))
                     slope = slope.to(dtype)
-                    rows_gradient[start : start + block] = slope @ matrix
-                    weight_gradient += slope.T @ x
-        ctx.gradients = (rows_gradient, weight_gradient)
+                    if rows_gradient is not None:
+                        rows_gradient[start : start + block] = slope @ matrix
+                    if weight_gradient is not None:
+                        weight_gradient += slope.T @ x
+        ctx.gradients = (rows_gradient, weight_gradient) if needs_gradient else None
         return total
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError("this loss is differentiable once; a second derivative needs F.linear and F.cross_entropy")
-        rows_gradient, weight_gradient = ctx.gradients
-        if rows_gradient is None:
+        if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss were used already; compute the loss again")
-        ctx.gradients = (None, None)
-        return rows_gradient.mul_(slopes[0]), weight_gradient.mul_(slopes[0]), None, None
+        rows_gradient, weight_gradient = (None if g is None else g.mul_(slopes[0]) for g in ctx.gradients)
+        ctx.gradients = None
+        return rows_gradient, weight_gradient, None, None

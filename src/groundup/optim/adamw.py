@@ -8,10 +8,11 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object
     """
     Parameters in two groups: matrices, which decay, and biases and norms, which do not (GPT-3, appendix B).
 
-    Every parameter is in exactly one group.
+    Every parameter that is trained is in exactly one group; frozen ones are in none.
     """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    others = [p for p in trained if p.dim() < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

@@ -10,10 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from groundup.config.load import Given, Settings, resolve
-from groundup.config.options import EVALUATE_GROUPS, GENERATE_GROUPS, PREPARE_GROUPS, TRAIN_GROUPS
+from groundup.config.options import (
+    EVALUATE_GROUPS,
+    EXPORT_GROUPS,
+    GENERATE_GROUPS,
+    IMPORT_GROUPS,
+    PREPARE_GROUPS,
+    SCORE_GROUPS,
+    TRAIN_GROUPS,
+)
 from groundup.data.shards import Dataset
 from groundup.recipes import evaluate as evaluate_recipe
+from groundup.recipes import exporting, importing
 from groundup.recipes import generate as generate_recipe
+from groundup.recipes import score as score_recipe
 from groundup.recipes import train as train_recipe
 from groundup.recipes import training as training_recipe
 from groundup.recipes.loading import Loaded, load_checkpoint
@@ -78,16 +88,49 @@ def evaluate(path: str | Path, **options: Any) -> dict[str, Any]:
         return evaluate_recipe.evaluate(Path(path), _settings(EVALUATE_GROUPS, options), shown.say)
 
 
+def import_model(source: str | Path, target: str | Path, **options: Any) -> dict[str, Any]:
+    """
+    Make a checkpoint from other people's weights: ``groundup import``.
+
+    Returns:
+        format, parameters, vocab_size, n_positions, missing, unexpected, reshaped, checkpoint.
+    """
+    with progress() as shown:
+        return importing.import_model(str(source), Path(target), _settings(IMPORT_GROUPS, options), shown.say)
+
+
+def export(path: str | Path, target: str | Path, **options: Any) -> dict[str, Any]:
+    """
+    Write a run or checkpoint for other programs and read it back: ``groundup export``.
+
+    Returns:
+        format, dtype, parameters, bytes, largest_logit_difference, path.
+    """
+    with progress() as shown:
+        return exporting.export(Path(path), Path(target), _settings(EXPORT_GROUPS, options), shown.say)
+
+
 def generate(path: str | Path, **options: Any) -> dict[str, Any]:
     """
     Continue ``prompt`` (a text or several) with a run or checkpoint: ``groundup generate``.
 
     Returns:
-        completions (prompt, text, token_ids, finish_reason), tokens_per_second, checkpoint.
+        completions (prompt, text, token_ids, finish_reason, stop_string, logprobs, score), tokens_per_second, checkpoint.
     """
     with progress() as shown:
         settings = _settings(GENERATE_GROUPS, options)
         return generate_recipe.generate(Path(path), settings, shown.say, stream=lambda text: None)
+
+
+def score(path: str | Path, **options: Any) -> dict[str, Any]:
+    """
+    How surprised a run or checkpoint is by each token of ``text`` (a text or several): ``groundup score``.
+
+    Returns:
+        texts (text, tokens, loss, perplexity, bits_per_byte), checkpoint.
+    """
+    with progress() as shown:
+        return score_recipe.score(Path(path), _settings(SCORE_GROUPS, options), shown.say)
 
 
 def _names(sources: Sources) -> list[str]:

@@ -74,13 +74,9 @@ def _validation_data(data: str, loaded: Loaded, scratch: Path, say: Say) -> Data
     if is_dataset(Path(data)):
         dataset = open_any_dataset(Path(data), loaded.tokenizer)
     else:
-        given = {
-            # An absolute path: a checkpoint may be called byte, or gpt2.
-            "tokenizer": Given(str(loaded.checkpoint.resolve()), "the checkpoint"),
-            "validation_source": Given([data], "--data"),
-        }
-        dataset = prepare_dataset([], scratch / "dataset", resolve(PREPARE_GROUPS, given), say)
-    if dataset.tokenizer.sha256 != loaded.tokenizer.sha256:
+        settings = resolve(PREPARE_GROUPS, {"validation_source": Given([data], "--data")})
+        dataset = prepare_dataset([], scratch / "dataset", settings, say, tokenizer=loaded.tokenizer)
+    if not dataset.tokenizer.gives_the_ids_of(loaded.tokenizer):
         raise ConfigError(
             f"data: {data} was made with another tokenizer than {loaded.checkpoint} (sha256 "
             f"{dataset.tokenizer.sha256[:12]}… and {loaded.tokenizer.sha256[:12]}…); give --data the text itself"

@@ -1,88 +1,226 @@
 """groundup generate: text from a model."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from groundup.config.load import Settings
 from groundup.config.options import GenerationOptions, MachineOptions
-from groundup.generation.generate import generate_tokens, readable
-from groundup.generation.sampling import sampler
+from groundup.evaluation.surprise import token_surprise
+from groundup.generation.beam_search import EarlyStopping, beam_search
+from groundup.generation.generate import generate_tokens
+from groundup.generation.inference import for_inference
+from groundup.generation.sampling import Sampler
+from groundup.generation.text import TextStream
 from groundup.recipes.loading import Loaded, load_checkpoint
 from groundup.recipes.machine import machine_for
+from groundup.recipes.texts import given_texts
 from groundup.runtime.device import explained_memory_errors
+from groundup.runtime.random import derive_seed
+from groundup.tokenizer.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
+Top = tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Completion:
     """What a model wrote after a prompt."""
 
     prompt: str
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    """``stop`` at the end-of-text token, ``length`` at max_new_tokens."""
+    text: str = ""
+    """Without the prompt, and without a stop string that ended it."""
+    token_ids: list[int] = field(default_factory=list)
+    """All tokens that were chosen, those of a stop string and of the end of the text too."""
+    finish_reason: str = "length"
+    """``stop`` at the end-of-text token or a stop string, ``length`` at max_new_tokens."""
+    stop_string: str | None = None
+    logprobs: list[dict[str, Any]] | None = None
+    """Per token: token (its text), id, logprob, and top_logprobs with the same of the likeliest ones."""
+    score: float | None = None
+    """Beam search: the log-probability after the length penalty."""
 
 
-def generate(path: Path, settings: Settings, say: Say, stream: Say) -> dict[str, Any]:
+def generate(path: Path, settings: Settings, say: Say, stream: Say, *, logprobs: bool = True) -> dict[str, Any]:
     """
     Continue each prompt with a run's newest checkpoint, or a checkpoint.
 
     Args:
-        stream: told every piece of text as soon as it is readable, the prompt first.
+        stream: told every piece of text as soon as it is readable, the prompt first, completions in order.
+        logprobs: whether to report log-probabilities, which takes a little time.
 
     Returns:
-        What ``generate --json`` prints: completions (text, token_ids, finish_reason), tokens_per_second.
+        What ``generate --json`` prints: completions (see ``Completion``), tokens_per_second, checkpoint.
     """
     options = settings[GenerationOptions]
-    loaded = load_checkpoint(path, say)
-    machine = machine_for(settings[MachineOptions], training=False)
-    loaded.model.to(machine.device)
+    prompts = given_texts(options.prompt, options.prompt_file, "prompt_file") or [""]
+    loaded = load_for_generation(path, settings, say)
     started = time.perf_counter()
-    prompts = options.prompt or ("",)
-    completions = []
-    for prompt in prompts:
-        stream(prompt)
-        with explained_memory_errors():
-            completions.append(complete(loaded, prompt, options, stream, machine.autocast))
-        stream("\n")
+    completions = complete(loaded, prompts, options, say, stream, logprobs=logprobs)
     seconds = time.perf_counter() - started
     tokens = sum(len(completion.token_ids) for completion in completions)
     return {
-        "completions": [vars(completion) for completion in completions],
+        "completions": [asdict(completion) for completion in completions],
         "tokens_per_second": round(tokens / seconds, 1),
         "checkpoint": str(loaded.checkpoint),
     }
 
 
-def complete(loaded: Loaded, prompt: str, options: GenerationOptions, stream: Say, autocast: Callable[[], Any]) -> Completion:
-    """Continue one prompt; an empty one starts a new document."""
-    tokenizer = loaded.tokenizer
-    choose = sampler(
-        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
-    )  # fmt: skip
-    ids: list[int] = []
+def load_for_generation(path: Path, settings: Settings, say: Say) -> Loaded:
+    """A run or checkpoint, its weights where and in what they will be computed."""
+    loaded = load_checkpoint(path, say)
+    machine = machine_for(settings[MachineOptions], training=False)
+    with explained_memory_errors():
+        for_inference(loaded.model, machine.device, machine.dtype)
+    return loaded
 
-    def kept() -> Any:
-        for token in generate_tokens(
+
+def complete(
+    loaded: Loaded, prompts: list[str], options: GenerationOptions, say: Say, stream: Say, *, logprobs: bool
+) -> list[Completion]:
+    """Continue prompts, each ``num_return_sequences`` times; an empty one starts a new document."""
+    ids = [_prompt_ids(loaded, text, say) for text in prompts]
+    with explained_memory_errors():
+        if options.num_beams > 1:
+            return _search(loaded, prompts, ids, options, stream, logprobs)
+        return _sample(loaded, prompts, ids, options, stream, logprobs)
+
+
+def _prompt_ids(loaded: Loaded, text: str, say: Say) -> list[int]:
+    """Token ids of a prompt, at most a context of them: its end."""
+    room = loaded.model.config.n_positions
+    ids: list[int] = loaded.tokenizer.encode(text).tolist()
+    if len(ids) > room:
+        say(f"prompt {_shortened(text)!r}: {len(ids):,} tokens, the model's context is {room:,}; it sees the last {room:,}")
+    return ids[-room:] or [loaded.tokenizer.end_of_text_id]
+
+
+def _sample(
+    loaded: Loaded, prompts: list[str], ids: list[list[int]], options: GenerationOptions, stream: Say, logprobs: bool
+) -> list[Completion]:
+    tokenizer, copies = loaded.tokenizer, options.num_return_sequences
+    completions = [Completion(prompt) for prompt in prompts for _ in range(copies)]
+    for completion in completions:
+        completion.logprobs = [] if logprobs else None
+    texts = [TextStream(tokenizer.token_bytes, options.stop_strings) for _ in completions]
+    show = _InOrder(completions, stream)
+    drawn = generate_tokens(
+        loaded.model,
+        [prompt for prompt in ids for _ in range(copies)],
+        Sampler(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty),
+        # Of the place among the completions of its own prompt, so that other prompts do not change it.
+        seeds=[derive_seed(options.seed, "sample", copy) for _ in prompts for copy in range(copies)],
+        max_new_tokens=options.max_new_tokens,
+        end_of_text_id=tokenizer.end_of_text_id,
+        usable_ids=tokenizer.vocab_size,
+        batch_size=options.batch_size,
+        top_logprobs=options.top_logprobs if logprobs else None,
+        ended=lambda number: texts[number].stopped_by is not None,
+    )
+    for choice in drawn:
+        number, completion = choice.prompt, completions[choice.prompt]
+        completion.token_ids.append(choice.token)
+        if completion.logprobs is not None:
+            completion.logprobs.append(_token_facts(tokenizer, choice.token, choice.logprob, choice.top))
+        piece = texts[number].add(choice.token)
+        over = len(completion.token_ids) == options.max_new_tokens or choice.token == tokenizer.end_of_text_id
+        if over or texts[number].stopped_by is not None:
+            piece += texts[number].finish()
+            _close(completion, texts[number], tokenizer)
+            show.ended.add(number)
+        show.add(number, piece)
+    return completions
+
+
+def _search(
+    loaded: Loaded, prompts: list[str], ids: list[list[int]], options: GenerationOptions, stream: Say, logprobs: bool
+) -> list[Completion]:
+    tokenizer, completions = loaded.tokenizer, []
+
+    def text_of(tokens: list[int]) -> TextStream:
+        text = TextStream(tokenizer.token_bytes, options.stop_strings)
+        for token in tokens:
+            text.add(token)
+        return text
+
+    for prompt, prompt_ids in zip(prompts, ids, strict=True):
+        hypotheses = beam_search(
             loaded.model,
-            tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text_id],
-            choose,
+            prompt_ids,
+            num_beams=options.num_beams,
             max_new_tokens=options.max_new_tokens,
             end_of_text_id=tokenizer.end_of_text_id,
+            length_penalty=options.length_penalty,
+            early_stopping=cast("EarlyStopping", options.early_stopping),
+            repetition_penalty=options.repetition_penalty,
             usable_ids=tokenizer.vocab_size,
-            autocast=autocast,
-        ):
-            ids.append(token)
-            yield token
+            ended=lambda tokens: bool(options.stop_strings) and text_of(tokens).stopped_by is not None,
+        )
+        for hypothesis in hypotheses[: options.num_return_sequences]:
+            completion = Completion(prompt, token_ids=hypothesis.tokens, score=hypothesis.score)
+            text = text_of(hypothesis.tokens)
+            text.finish()
+            _close(completion, text, tokenizer)
+            if logprobs:
+                scored = token_surprise(
+                    loaded.model, prompt_ids, hypothesis.tokens, top_logprobs=options.top_logprobs,
+                    usable_ids=tokenizer.vocab_size,
+                )  # fmt: skip
+                completion.logprobs = [_token_facts(tokenizer, s.token, s.logprob, s.top) for s in scored]
+            completions.append(completion)
+    show = _InOrder(completions, stream)
+    for number, completion in enumerate(completions):
+        show.ended.add(number)
+        show.add(number, completion.text)
+    return completions
 
-    parts = []
-    for text in readable(kept(), tokenizer.token_bytes):
-        parts.append(text)
-        stream(text)
-    finished = ids and ids[-1] == tokenizer.end_of_text_id
-    return Completion(prompt, "".join(parts), ids, "stop" if finished else "length")
+
+def _close(completion: Completion, text: TextStream, tokenizer: Tokenizer) -> None:
+    completion.text, completion.stop_string = text.text, text.stopped_by
+    if text.stopped_by is not None or completion.token_ids[-1] == tokenizer.end_of_text_id:
+        completion.finish_reason = "stop"
+
+
+def _token_facts(tokenizer: Tokenizer, token: int, logprob: float, top: Top) -> dict[str, Any]:
+    likeliest = [{"token": tokenizer.spelled(i), "id": i, "logprob": value} for i, value in top]
+    return {"token": tokenizer.spelled(token), "id": token, "logprob": logprob, "top_logprobs": likeliest}
+
+
+class _InOrder:
+    """Shows completions one after the other, though they are written together: the first open one live."""
+
+    def __init__(self, completions: list[Completion], stream: Say):
+        self._completions, self._stream = completions, stream
+        self._waiting = [""] * len(completions)
+        self._shown = self._pieces()
+        self.ended: set[int] = set()
+
+    def add(self, number: int, piece: str) -> None:
+        """Take a new piece of a completion; show what is next."""
+        self._waiting[number] += piece
+        for text in self._shown:
+            if text is None:
+                return
+            self._stream(text)
+
+    def _pieces(self) -> Iterator[str | None]:
+        """Text to show, in order; None while there is none."""
+        for number, completion in enumerate(self._completions):
+            if len(self._completions) > 1:
+                yield f"--- {number + 1} of {len(self._completions)} ---\n"
+            yield completion.prompt
+            while True:
+                text, self._waiting[number] = self._waiting[number], ""
+                if text:
+                    yield text
+                elif number in self.ended:
+                    break
+                else:
+                    yield None
+            yield "\n"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 30 else f"{text[:27]}…"

@@ -7,10 +7,12 @@ from groundup.checkpoint.commit import MANIFEST, Say, checkpoints, verify
 from groundup.data.foreign import foreign_shards, open_foreign_dataset
 from groundup.data.shards import MANIFEST as DATASET_MANIFEST
 from groundup.data.shards import Dataset, open_dataset
+from groundup.data.sources import is_run
 from groundup.errors import CheckpointError, ConfigError
 from groundup.interop.huggingface import load_model
 from groundup.model.gpt2 import GPT2
 from groundup.recipes.prepare import tokenizer_named
+from groundup.recipes.weights import open_weights, say_report
 from groundup.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -25,16 +27,24 @@ class Loaded:
 
 def load_checkpoint(path: Path, say: Say) -> Loaded:
     """
-    Open a run's newest good checkpoint, a checkpoint, or a Hugging Face GPT-2 folder with a tokenizer.json.
+    Open a run's newest good checkpoint, a checkpoint, or whatever else ``open_weights`` reads.
 
     Reading changes nothing: a damaged checkpoint is reported and passed over, not moved.
 
     Raises:
         CheckpointError: nothing there, or damaged, or model and tokenizer do not fit each other.
+        ConfigError: the files hold no tokenizer.
     """
-    checkpoint = path if (path / "config.json").is_file() else _newest_readable(path, say)
-    if (checkpoint / MANIFEST).is_file() or checkpoint.parent == path:
-        verify(checkpoint)
+    if not is_ours(path):
+        imported = open_weights(str(path), say)
+        say_report(imported, say)
+        if imported.tokenizer is None:
+            raise ConfigError(
+                f"tokenizer: {path} holds none; import it with the one that it was trained with, usually: groundup import "
+                f"{path} FOLDER --tokenizer gpt2"
+            )
+        return Loaded(imported.model, imported.tokenizer, path)
+    checkpoint = checkpoint_of(path, say)
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
@@ -42,6 +52,18 @@ def load_checkpoint(path: Path, say: Say) -> Loaded:
             f"{model.config.vocab_size:,}; they belong to different models"
         )
     return Loaded(model, tokenizer, checkpoint)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a path is a run or a checkpoint of groundup, good or damaged."""
+    return (path / MANIFEST).is_file() or is_run(path) or bool(checkpoints(path))
+
+
+def checkpoint_of(path: Path, say: Say) -> Path:
+    """The checkpoint itself, verified, of a run or a checkpoint of groundup."""
+    checkpoint = path if (path / MANIFEST).is_file() else _newest_readable(path, say)
+    verify(checkpoint)
+    return checkpoint
 
 
 def is_dataset(path: Path) -> bool:
@@ -70,8 +92,6 @@ def open_any_dataset(path: Path, tokenizer: Tokenizer | str | None) -> Dataset:
 
 
 def _newest_readable(run: Path, say: Say) -> Path:
-    if not run.is_dir():
-        raise CheckpointError(f"checkpoint {run}: not found; give a run's --output-dir, or a checkpoint in it")
     problems = []
     for path in reversed(checkpoints(run)):
         try:

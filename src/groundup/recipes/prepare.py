@@ -1,5 +1,6 @@
 """groundup prepare: text to a tokenizer and shards."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,12 +20,21 @@ from groundup.tokenizer.training import train_bpe
 Say = Callable[[str], None]
 
 
-def prepare_dataset(sources: Sequence[str], target: Path, settings: Settings, say: Say, *, replace: bool = False) -> Dataset:
+def prepare_dataset(
+    sources: Sequence[str],
+    target: Path,
+    settings: Settings,
+    say: Say,
+    *,
+    replace: bool = False,
+    tokenizer: Tokenizer | None = None,
+) -> Dataset:
     """
     Make a dataset from sources, or use the one that is there when it was made from the same.
 
     Args:
         replace: make it anew where it was made from something else, instead of refusing.
+        tokenizer: this one, instead of what the option names.
 
     Raises:
         ConfigError: no sources; or the target holds another dataset, or something else.
@@ -33,18 +43,21 @@ def prepare_dataset(sources: Sequence[str], target: Path, settings: Settings, sa
     if not sources and not settings[DataOptions].validation_source:
         raise ConfigError("sources: none given; give files or folders, - for standard input, or python-stdlib")
     request = _request(sources, settings)
+    if tokenizer is not None:
+        request = dataclasses.replace(request, tokenizer="of the weights")
     with explained_os_errors(target, "prepare"):
         exists = (target / MANIFEST).is_file()
     if exists:
         try:
-            return _reuse(request, target, say)
+            return _reuse(request, target, say, tokenizer)
         except (ConfigError, DataError):
             if not replace:
                 raise
             say(f"dataset {target}: was made from something else; making it anew")
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"output_dir: {target} exists and is no dataset; delete it, or choose another --output-dir")
-    dataset = prepare(request, target, _tokenizer_builder(settings), settings[DataOptions].workers, say)
+    builder = _tokenizer_builder(settings) if tokenizer is None else lambda texts: tokenizer
+    dataset = prepare(request, target, builder, settings[DataOptions].workers, say)
     report(dataset, say)
     return dataset
 
@@ -115,7 +128,7 @@ def _request(sources: Sequence[str], settings: Settings) -> PrepareRequest:
     )
 
 
-def _reuse(request: PrepareRequest, target: Path, say: Say) -> Dataset:
+def _reuse(request: PrepareRequest, target: Path, say: Say, tokenizer: Tokenizer | None) -> Dataset:
     """The dataset that is there, if it was made as asked for, from sources that have not changed."""
     dataset = open_dataset(target)
     was, now = dataset.manifest["request"], request.description()
@@ -129,9 +142,9 @@ def _reuse(request: PrepareRequest, target: Path, say: Say) -> Dataset:
             f"dataset {target}: was made with other options ({'; '.join(differences)}); choose another --output-dir, or "
             "delete it to make it anew"
         )
-    if by_path and tokenizer_named(request.tokenizer).sha256 != dataset.tokenizer.sha256:
+    if by_path and (tokenizer or tokenizer_named(request.tokenizer)).sha256 != dataset.tokenizer.sha256:
         raise ConfigError(
-            f"dataset {target}: was made with another tokenizer than {request.tokenizer} holds now; choose another "
+            f"dataset {target}: was made with another tokenizer than {request.tokenizer} is now; choose another "
             "--output-dir, or delete it to make it anew"
         )
     if STDIN in (*request.sources, *request.validation_sources):

@@ -9,7 +9,7 @@ import numpy as np
 
 from groundup.checkpoint.commit import checkpoints, step_of
 from groundup.config.load import Settings
-from groundup.config.options import BatchOptions, MachineOptions, ModelOptions, RunOptions
+from groundup.config.options import BatchOptions, InitialWeightsOptions, MachineOptions, ModelOptions, RunOptions
 from groundup.errors import Stopped
 from groundup.evaluation.measure import byte_frequency_baseline
 from groundup.model.flops import parameter_count, training_flops_per_token
@@ -97,12 +97,12 @@ def _stopped(step: int, checkpoint: Path) -> Stopped:
 def _describe(training: Training, say: Say) -> None:
     """The run in a few lines, before it starts."""
     plan, config = training.plan, training.model.config
-    options = training.settings[ModelOptions]
+    options, start = training.settings[ModelOptions], training.settings[InitialWeightsOptions].init_from
     tokenizer = training.dataset.tokenizer
     say(f"device: {training.machine.reason}")
     say(
-        f"model: {options.model}, {parameter_count(training.model):,} parameters ({config.n_layer} layers, {config.n_head} "
-        f"heads, {config.n_embd} wide, context {config.n_positions}, vocabulary {config.vocab_size:,})"
+        f"model: {start or options.model}, {parameter_count(training.model):,} parameters ({config.n_layer} layers, "
+        f"{config.n_head} heads, {config.n_embd} wide, context {config.n_positions}, vocabulary {config.vocab_size:,})"
     )
     passes = len(plan.micro_batches)
     say(

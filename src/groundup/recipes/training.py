@@ -19,6 +19,7 @@ from groundup.config.load import Settings
 from groundup.config.options import (
     PREPARE_GROUPS,
     BatchOptions,
+    InitialWeightsOptions,
     MachineOptions,
     ModelOptions,
     OptimizerOptions,
@@ -32,18 +33,20 @@ from groundup.data.shards import Dataset, require_windows
 from groundup.data.sources import RUN_HEADER, is_run
 from groundup.errors import CheckpointError, ConfigError, DivergedError, ResourceError
 from groundup.evaluation.measure import Evaluation, evaluate_model
-from groundup.generation.generate import generate_tokens, readable
-from groundup.generation.sampling import sampler
+from groundup.generation.generate import generate_tokens
+from groundup.generation.sampling import Sampler
 from groundup.interop.huggingface import load_model, save_model
 from groundup.model.flops import parameter_count
 from groundup.model.gpt2 import GPT2, GPT2Config, initialize
 from groundup.optim.adamw import build_adamw
+from groundup.recipes.initial import freeze, initial_model, require_tokenizer, starting_point
 from groundup.recipes.loading import is_dataset, open_any_dataset
 from groundup.recipes.machine import machine_for
 from groundup.recipes.prepare import prepare_dataset, report
 from groundup.runtime.device import Machine, explained_memory_errors
 from groundup.runtime.files import exclusive, existing_parent, explained_os_errors, make_directory, replace_durably
 from groundup.runtime.random import derive_seed
+from groundup.tokenizer.tokenizer import Tokenizer
 from groundup.tracking.metrics import METRICS, rewind
 from groundup.training.loop import StepResult, training_steps
 from groundup.training.state import TrainState
@@ -101,11 +104,15 @@ class Training:
         """Continue the sample prompt; the same draw at every step, so that samples compare."""
         run, tokenizer = self.settings[RunOptions], self.dataset.tokenizer
         prompt = tokenizer.encode(run.sample_prompt).tolist() or [tokenizer.end_of_text_id]
-        choose = sampler(temperature=0.8, top_k=50, top_p=1.0, seed=run.seed)
-        tokens = generate_tokens(
-            self.model, prompt, choose, max_new_tokens=run.sample_tokens, end_of_text_id=tokenizer.end_of_text_id
+        drawn = generate_tokens(
+            self.model,
+            [prompt[-self.model.config.n_positions :]],
+            Sampler(temperature=0.8, top_k=50),
+            seeds=[run.seed],
+            max_new_tokens=run.sample_tokens,
+            end_of_text_id=tokenizer.end_of_text_id,
         )
-        return "".join(readable(tokens, tokenizer.token_bytes))
+        return tokenizer.decode(choice.token for choice in drawn)
 
     def save(self) -> Path:
         """
@@ -179,8 +186,13 @@ def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Setti
         stack.callback(_remove_if_empty, run)
     remove_leftovers(run)
 
-    dataset = _dataset(sources, run, settings, say)
-    options = settings[ModelOptions]
+    checkpoint = newest_good(run, say)
+    start = starting_point(settings, checkpoint, say)
+    settings = start.settings if start else settings
+    dataset = _dataset(sources, run, settings, say, start.tokenizer if start else None)
+    source, options = settings[InitialWeightsOptions].init_from, settings[ModelOptions]
+    if start:
+        require_tokenizer(start, dataset, source)
     require_windows(dataset, options.n_positions)
     dataset.verify()
 
@@ -193,13 +205,17 @@ def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Setti
     plan = plan_run(options, batch, optim, run_options, windows=len(windows))
     identity = _identity(model_config, dataset, settings, plan)
 
-    checkpoint = newest_good(run, say)
-    if checkpoint is None:
-        model, state = _fresh_model(model_config, run_options.seed), TrainState()
-    else:
-        state = _resumed_state(checkpoint, identity)
+    state = TrainState() if checkpoint is None else _resumed_state(checkpoint, identity)
+    if checkpoint is not None:
         model = load_model(checkpoint)
+    elif start is not None and start.weights is not None:
+        model = initial_model(start.weights, model_config, dataset.tokenizer, source, say)
+    else:
+        model = _fresh_model(model_config, run_options.seed)
     model.to(machine.device)
+    if frozen := freeze(model, settings[InitialWeightsOptions].freeze, settings.origins["freeze"]):
+        kept = sum(model.get_parameter(name).numel() for name in frozen)
+        say(f"frozen: {len(frozen)} tensors, {kept:,} of {parameter_count(model):,} parameters")
     optimizer = build_adamw(
         model, learning_rate=optim.learning_rate, beta1=optim.adam_beta1, beta2=optim.adam_beta2,
         epsilon=optim.adam_epsilon, weight_decay=optim.weight_decay,
@@ -218,11 +234,16 @@ def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Setti
     return Training(run, settings, dataset, machine, model, forward, optimizer, plan, state, identity)
 
 
-def _dataset(sources: Sequence[str], run: Path, settings: Settings, say: Say) -> Dataset:
-    """The dataset to train on: the source itself, or RUN/dataset made from the sources."""
+def _dataset(sources: Sequence[str], run: Path, settings: Settings, say: Say, tokenizer: Tokenizer | None = None) -> Dataset:
+    """
+    The dataset to train on: the source itself, or RUN/dataset made from the sources.
+
+    Args:
+        tokenizer: that of the weights to start from, instead of the one that the option names.
+    """
     if len(sources) == 1 and is_dataset(Path(sources[0])):
-        dataset = open_any_dataset(Path(sources[0]), _given_tokenizer(settings))
-        if (name := _given_tokenizer(settings)) and "request" in dataset.manifest:
+        dataset = open_any_dataset(Path(sources[0]), tokenizer or _given_tokenizer(settings))
+        if tokenizer is None and (name := _given_tokenizer(settings)) and "request" in dataset.manifest:
             was = dataset.manifest["request"]["tokenizer"]
             if name != was:
                 raise ConfigError(
@@ -236,7 +257,12 @@ def _dataset(sources: Sequence[str], run: Path, settings: Settings, say: Say) ->
         return dataset
     # Nothing was learned from the dataset of a run without checkpoints: it may still change.
     fresh = not any(run.glob("checkpoint-*"))
-    return prepare_dataset(sources, run / DATASET, settings, say, replace=fresh)
+    if tokenizer is None and settings[InitialWeightsOptions].init_from and _given_tokenizer(settings) is None:
+        raise ConfigError(
+            f"tokenizer: {settings[InitialWeightsOptions].init_from} holds none; name the one that it was trained with, "
+            "usually --tokenizer gpt2"
+        )
+    return prepare_dataset(sources, run / DATASET, settings, say, replace=fresh, tokenizer=tokenizer)
 
 
 def _given_tokenizer(settings: Settings) -> str | None:
@@ -256,8 +282,10 @@ def _fresh_model(config: GPT2Config, seed: int) -> GPT2:
 def _identity(config: GPT2Config, dataset: Dataset, settings: Settings, plan: Plan) -> dict[str, Any]:
     """What must not change between the parts of one run."""
     dropout = max(config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) > 0
+    frozen = settings[InitialWeightsOptions].freeze
     return {
         **asdict(config),
+        **({"freeze": list(frozen)} if frozen else {}),
         # A pass draws one mask for all its windows.
         **({"per_device_train_batch_size": settings[BatchOptions].per_device_train_batch_size} if dropout else {}),
         "tokenizer_sha256": dataset.tokenizer.sha256,
@@ -276,6 +304,8 @@ def _resumed_state(checkpoint: Path, identity: dict[str, Any]) -> TrainState:
         state, was = TrainState(**saved["state"]), saved["identity"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); use another checkpoint") from None
+    # Options that are younger than the checkpoint had their default.
+    was = {f.name: f.default for f in fields(GPT2Config)} | was
     keys = sorted(was.keys() | identity.keys())
     if differences := [f"{k}: {was.get(k)} → {identity.get(k)}" for k in keys if was.get(k) != identity.get(k)]:
         raise ConfigError(
@@ -304,12 +334,15 @@ def _say_changes(run: Path, settings: Settings, say: Say) -> None:
 def _write_config(run: Path, sources: Sequence[str], settings: Settings, *, prepared_here: bool) -> None:
     """Write every option that took effect; those of preparing did only where the run prepared its data."""
     document: dict[str, Any] = {"sources": list(sources)}
+    # With somebody's weights comes their tokenizer: the options about one had no effect.
+    unused: tuple[type, ...] = (TokenizerOptions,) if settings[InitialWeightsOptions].init_from else ()
+    unused = unused if prepared_here else PREPARE_GROUPS
     for group, options in settings.groups.items():
         name = group.__name__.removesuffix("Options").lower()
         document[name] = {
             key: value
             for key, value in asdict(options).items()
-            if value is not None and (prepared_here or group not in PREPARE_GROUPS or settings.origins[key] != "default")
+            if value is not None and (group not in unused or settings.origins[key] != "default")
         }
     head = f"{RUN_HEADER} {__version__}); another like it, from the same folder:\n"
     head += f"# groundup train --config {run / CONFIG} --output-dir ANOTHER\n\n"

@@ -84,6 +84,20 @@ class Tokenizer:
         """Hash of the file's content and the end-of-text token: equal tokenizers give equal ids."""
         return hashlib.sha256(f"{self.json}\0{self.end_of_text}".encode()).hexdigest()
 
+    def gives_the_ids_of(self, other: "Tokenizer") -> bool:
+        """Whether both give the same ids to every text, as far as their files show it, however these are spelled."""
+        return self.sha256 == other.sha256 or self._rules() == other._rules() is not None
+
+    def _rules(self) -> object:
+        """What decides the ids; None where the file does more than this knows."""
+        if (pattern := self._split_pattern()) is None:
+            return None
+        model = self._spec["model"]
+        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+        switches = [bool(model.get(name)) for name in ("dropout", "ignore_merges", "byte_fallback")]
+        vocabulary = self._slow.get_vocab(with_added_tokens=True)
+        return pattern, merges, switches, vocabulary, self.end_of_text_id
+
     def encode(self, text: str) -> TokenArray:
         """Token ids of a text, 1-D uint32, without end-of-text."""
         if self._fast is not None:
@@ -98,6 +112,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def spelled(self, token: int) -> str:
+        """One token for people: its text, its name where it is special; bytes that are no character become U+FFFD."""
+        text = self.decode([token]) or (self._slow.id_to_token(token) or "")
+        return str(text)
 
     @cached_property
     def token_bytes(self) -> list[bytes]:

@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ class Progress:
         if self._live is None:
             self.say(line)
         else:
+            # Started late: a live display takes over standard output, where a text may be streaming.
+            self._live.start()
             self._live.update(Text(line, style="bold"), refresh=True)
 
 
@@ -47,8 +49,30 @@ def progress() -> Iterator[Progress]:
     if not console.is_terminal:
         yield Progress(None, Console(file=sys.stderr, highlight=False, width=10**6))
         return
-    with Live(Text(""), console=console, auto_refresh=False, transient=True) as live:
+    live = Live(Text(""), console=console, auto_refresh=False, transient=True)
+    try:
         yield Progress(live, console)
+    finally:
+        live.stop()
+
+
+@contextmanager
+def download_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on standard error, one a file; told a file's name, the bytes that are there and the bytes that it will have."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def shown(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield shown
 
 
 def step_line(row: dict[str, Any], total_steps: int, seconds_left: float) -> str:

@@ -1,0 +1,147 @@
+"""groundup export: a model of ours for other people's programs, checked by reading it back."""
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from groundup.config.load import Settings
+from groundup.config.options import ExportOptions
+from groundup.errors import CheckpointError, ConfigError
+from groundup.interop.gguf_files import largest_logit_difference, read_gguf, write_gguf
+from groundup.interop.huggingface import load_model, save_model
+from groundup.interop.model_card import card_of_checkpoint
+from groundup.interop.openai import read_openai, write_openai
+from groundup.model.flops import parameter_count
+from groundup.model.gpt2 import GPT2
+from groundup.recipes.importing import require_free
+from groundup.recipes.loading import Loaded, load_checkpoint
+from groundup.runtime.device import explained_memory_errors
+from groundup.runtime.files import explained_os_errors, make_directory, rename_durably, sync_file
+
+Say = Callable[[str], None]
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+# How far each form of a weight may move a logit, in standard deviations of all logits; more than this means a wrong file.
+SUSPICIOUS = {"f32": 1e-3, "f16": 0.03, "bf16": 0.3, "q8_0": 0.3}
+
+
+def export(path: Path, target: Path, settings: Settings, say: Say) -> dict[str, Any]:
+    """
+    Write a run's newest checkpoint, or a checkpoint, in another form; then read it back and compare.
+
+    Returns:
+        What ``export --json`` prints: format, dtype, parameters, bytes, largest_logit_difference, path.
+
+    Raises:
+        ConfigError: the target is taken, or the format has no such dtype.
+        CheckpointError: the format has no place for this model, or what was written does not read back as it.
+    """
+    options = settings[ExportOptions]
+    if options.format == "openai-state-dict" and options.dtype != "f32":
+        raise ConfigError(f"dtype: {options.dtype} is not for openai-state-dict, which is f32; leave --dtype out")
+    if options.format == "hf" and options.dtype not in DTYPES:
+        raise ConfigError(f"dtype: {options.dtype} is for gguf only; hf takes {', '.join(DTYPES)}")
+    require_free(target)
+    loaded = load_checkpoint(path, say)
+    staging = target.absolute().with_name(f".{target.name}.partial")
+    with explained_os_errors(target, "export"), explained_memory_errors():
+        make_directory(staging.parent)
+        _remove(staging)
+        try:
+            if options.format == "gguf":
+                write_gguf(loaded.model, loaded.tokenizer, staging, options.dtype, target.stem)
+                written = [staging]
+            else:
+                staging.mkdir()
+                _write_folder(loaded, staging, options.format, options.dtype)
+                written = sorted(staging.iterdir())
+            difference = largest_logit_difference(loaded.model, _read_back(staging, options.format), seed=0)
+            checked_by = ["groundup"]
+            if options.format == "hf" and (theirs := _difference_in_transformers(loaded.model, staging)) is not None:
+                difference = max(difference, theirs)
+                checked_by.append("transformers")
+            inexact = options.format == "gguf" and loaded.model.config.activation_function == "gelu"
+            if inexact:
+                say("llama.cpp computes GELU in its tanh form, this model the exact one: its text may differ a little")
+            if not difference <= max(SUSPICIOUS[options.dtype], 0.1 * inexact) * _spread(loaded.model):
+                raise CheckpointError(
+                    f"export: {target} does not read back as the same model (a logit differs by {difference:.3g}); nothing was "
+                    "written, please report this"
+                )
+            for file in written:
+                file.chmod(file.stat().st_mode | 0o444 & ~_umask())
+                sync_file(file)
+            size = sum(file.stat().st_size for file in written)
+            with suppress(OSError):
+                target.rmdir()  # an empty folder of that name is what was asked for
+            rename_durably(staging, target.absolute())
+        finally:
+            _remove(staging)
+    say(f"read back by {' and '.join(checked_by)}: the largest difference of a logit is {difference:.2g}")
+    return {
+        "format": options.format,
+        "dtype": options.dtype,
+        "parameters": parameter_count(loaded.model),
+        "bytes": size,
+        "largest_logit_difference": difference,
+        "path": str(target),
+    }
+
+
+def _write_folder(loaded: Loaded, directory: Path, form: str, dtype: str) -> None:
+    if form == "openai-state-dict":
+        write_openai(loaded.model, loaded.tokenizer, directory)
+        return
+    save_model(loaded.model, directory, loaded.tokenizer.end_of_text_id, DTYPES[dtype])
+    loaded.tokenizer.save(directory)
+    (directory / "README.md").write_bytes(card_of_checkpoint(loaded.checkpoint).encode())
+
+
+def _read_back(path: Path, form: str) -> GPT2:
+    if form == "gguf":
+        return read_gguf(path).model
+    if form == "openai-state-dict":
+        return read_openai(path).model
+    return load_model(path)
+
+
+@torch.no_grad()
+def _spread(model: GPT2) -> float:
+    """Standard deviation of the logits of random ids; at least 1, which is that of a model that has hardly learned."""
+    ids = torch.randint(
+        model.config.vocab_size, (1, min(model.config.n_positions, 64)), generator=torch.Generator().manual_seed(0)
+    )
+    return max(1.0, float(model.logits(model(ids)).std()))
+
+
+def _difference_in_transformers(model: GPT2, folder: Path) -> float | None:
+    """The largest difference of a logit when transformers opens the folder; None where it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    library: Any = transformers
+    library.utils.logging.disable_progress_bar()
+    theirs = library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs.eval()
+    length = min(model.config.n_positions, 64)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return float((theirs(ids).logits - model.logits(model(ids))).abs().max())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

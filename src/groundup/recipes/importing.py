@@ -1,0 +1,86 @@
+"""groundup import: other people's weights to a checkpoint of ours, which is a Hugging Face folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from groundup.checkpoint.commit import commit_as
+from groundup.config.load import Settings
+from groundup.config.options import ImportOptions
+from groundup.errors import ConfigError
+from groundup.interop.huggingface import save_model
+from groundup.interop.imported import fitted
+from groundup.model.flops import parameter_count
+from groundup.recipes.loading import is_ours
+from groundup.recipes.prepare import tokenizer_named
+from groundup.recipes.weights import open_weights, say_report
+from groundup.runtime.device import explained_memory_errors
+from groundup.runtime.files import explained_os_errors, make_directory
+
+Say = Callable[[str], None]
+
+
+def import_model(source: str, target: Path, settings: Settings, say: Say) -> dict[str, Any]:
+    """
+    Read a model, whatever it is stored in, and write it as a checkpoint.
+
+    Returns:
+        What ``import --json`` prints: format, parameters, vocab_size, n_positions, missing, unexpected, reshaped, checkpoint.
+
+    Raises:
+        ConfigError: the target is taken, or the tokenizer is not known.
+        CheckpointError: the source cannot be used.
+    """
+    options = settings[ImportOptions]
+    require_free(target)
+    if is_ours(Path(source)):
+        raise ConfigError(f"import: {source} is groundup's own already; every command opens it as it is")
+    # Named, or not, before gigabytes are read.
+    named = tokenizer_named(options.tokenizer) if options.tokenizer else None
+    with explained_memory_errors():
+        imported = open_weights(source, say, n_head=options.n_head, mirrors=options.mirror)
+    if imported.tokenizer is None and named is None:
+        raise ConfigError(
+            f"tokenizer: {source} holds none; name the one that the model was trained with, usually --tokenizer gpt2 (its "
+            f"vocabulary has {imported.model.config.vocab_size:,} ids)"
+        )
+    if imported.tokenizer is None and named is not None:
+        imported = fitted(imported, named, source)
+    tokenizer = imported.tokenizer
+    assert tokenizer is not None  # one of the two
+    if named is not None and not named.gives_the_ids_of(tokenizer):
+        raise ConfigError(
+            f"tokenizer: {options.tokenizer!r} (from {settings.origins['tokenizer']}) is not the one that {source} holds; "
+            "leave --tokenizer out"
+        )
+
+    def write(directory: Path) -> None:
+        save_model(imported.model, directory, tokenizer.end_of_text_id)
+        tokenizer.save(directory)
+
+    say_report(imported, say)
+    with explained_os_errors(target, "import"):
+        make_directory(target.parent)
+        commit_as(target, 0, write)
+    config = imported.model.config
+    return {
+        "format": imported.format,
+        "parameters": parameter_count(imported.model),
+        "vocab_size": config.vocab_size,
+        "n_positions": config.n_positions,
+        "missing": list(imported.missing),
+        "unexpected": list(imported.unexpected),
+        "reshaped": list(imported.reshaped),
+        "checkpoint": str(target),
+    }
+
+
+def require_free(target: Path) -> None:
+    """
+    Refuse a place where something is.
+
+    Raises:
+        ConfigError: a file, or a folder that is not empty.
+    """
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise ConfigError(f"{target}: exists already; choose another place, or delete it first")

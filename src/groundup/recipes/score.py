@@ -1,0 +1,73 @@
+"""groundup score: how surprised a model is by each token of a text."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from groundup.config.load import Settings
+from groundup.config.options import ScoreOptions
+from groundup.errors import ConfigError, DataError
+from groundup.evaluation.surprise import Surprise, token_surprise
+from groundup.recipes.generate import load_for_generation
+from groundup.recipes.texts import given_texts
+from groundup.runtime.device import explained_memory_errors
+from groundup.tokenizer.tokenizer import Tokenizer
+
+Say = Callable[[str], None]
+
+
+def score(path: Path, settings: Settings, say: Say) -> dict[str, Any]:
+    """
+    Measure texts token by token with a run's newest checkpoint, or a checkpoint; each as the beginning of a document.
+
+    Returns:
+        What ``score --json`` prints: texts (text, tokens, loss, perplexity, bits_per_byte), checkpoint. A token has its text
+        ``token``, id, logprob, bits (its surprise), rank (how many were likelier) and top_logprobs.
+
+    Raises:
+        ConfigError: no text was given.
+        DataError: a text is empty.
+    """
+    options = settings[ScoreOptions]
+    texts = given_texts(options.text, options.text_file, "text_file")
+    if not texts:
+        raise ConfigError("text: none given; give --text, or --text-file with a file or - for standard input")
+    for number, text in enumerate(texts):
+        if not text:
+            raise DataError(f"text: number {number + 1} is empty; there is nothing to score in it")
+    loaded = load_for_generation(path, settings, say)
+    tokenizer = loaded.tokenizer
+    scored = []
+    with explained_memory_errors():
+        for text in texts:
+            found = token_surprise(
+                loaded.model, [tokenizer.end_of_text_id], tokenizer.encode(text).tolist(),
+                top_logprobs=options.top_logprobs, usable_ids=tokenizer.vocab_size,
+            )  # fmt: skip
+            scored.append(_scored(text, found, tokenizer))
+    return {"texts": scored, "checkpoint": str(loaded.checkpoint)}
+
+
+def _scored(text: str, found: list[Surprise], tokenizer: Tokenizer) -> dict[str, Any]:
+    nats = -sum(surprise.logprob for surprise in found)
+    loss = nats / len(found)
+    return {
+        "text": text,
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": nats / math.log(2) / len(text.encode()),
+        "tokens": [
+            {
+                "token": tokenizer.spelled(surprise.token),
+                "id": surprise.token,
+                "logprob": surprise.logprob,
+                "bits": -surprise.logprob / math.log(2),
+                "rank": surprise.rank,
+                "top_logprobs": [
+                    {"token": tokenizer.spelled(token), "id": token, "logprob": value} for token, value in surprise.top
+                ],
+            }
+            for surprise in found
+        ],
+    }
