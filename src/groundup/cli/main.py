@@ -307,15 +307,18 @@ def _generate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], 
     from groundup.recipes.converse import converse
     from groundup.recipes.generate import generate
     from groundup.tracking.progress import progress
+    from groundup.tracking.surprise import harmless
+
+    terminal = sys.stdout is not None and sys.stdout.isatty()
 
     def stream(text: str) -> None:
-        if not own["json"]:
-            sys.stdout.write(text)
+        if not own["json"] and sys.stdout is not None:
+            sys.stdout.write(harmless(text) if terminal else text)
             sys.stdout.flush()
 
     path, options = Path(own["checkpoint"]), settings[GenerationOptions]
     with progress() as shown:
-        if not options.prompt and not options.prompt_file and not own["json"] and sys.stdin.isatty():
+        if not options.prompt and not options.prompt_file and not own["json"] and sys.stdin is not None and sys.stdin.isatty():
             converse(path, settings, shown.say, stream)
             return {}, ""
         result = generate(path, settings, shown.say, stream, logprobs=own["json"])

@@ -222,7 +222,7 @@ def _converted(value: object, hint: Any) -> Any:
         if not isinstance(value, str | Path):
             raise ValueError("is not text")
         return _text(value)
-    items = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else None
+    items = [value] if isinstance(value, str | Path) else list(value) if isinstance(value, list | tuple) else None
     if items is None or not all(isinstance(item, str | Path) for item in items):
         raise ValueError("is not text or a list of texts")
     return tuple(_text(item) for item in items)

@@ -75,7 +75,8 @@ def beam_search(
         texts = [[*prompt, *beam.tokens] for beam in beams]
         start = window_start(len(texts[0]), model.config.n_positions)
         if cache is None or start != window:
-            cache, window = _filled(model, [text[start:-1] for text in texts]), start
+            windows = [text[start:-1] for text in texts]
+            cache, window = _filled(model, windows, len(prompt) + max_new_tokens), start
         last = torch.tensor([text[-1:] for text in texts], device=model.head_weight.device)
         logits = model.logits(model(last, cache)[:, -1])[:, :usable_ids].float()  # (beams, V)
         require_finite(logits)
@@ -85,7 +86,7 @@ def beam_search(
         candidates = _extended(beams, _best(logprobs, beams, 2 * num_beams))
         last_step = length == max_new_tokens
         ends = [last_step or beam.tokens[-1] == end_of_text_id or ended(beam.tokens) for beam, _ in candidates]
-        _finish(candidates, ends, finished, num_beams, length_penalty, early_stopping)
+        _finish(candidates, ends, finished, num_beams, length_penalty)
         going_on = [candidate for candidate, end in zip(candidates, ends, strict=True) if not end][:num_beams]
         beams, parents = [beam for beam, _ in going_on], [parent for _, parent in going_on]
         if not beams or _settled(beams[0].score, length, finished, num_beams, length_penalty, early_stopping, max_new_tokens):
@@ -117,11 +118,8 @@ def _finish(
     finished: list[Hypothesis],
     num_beams: int,
     length_penalty: float,
-    early_stopping: EarlyStopping,
 ) -> None:
     """Put the candidates that end among the finished hypotheses, of which the best ``num_beams`` stay, best first."""
-    if len(finished) == num_beams and early_stopping == "true":
-        return
     # An ending that is not among the best candidates is none: a beam that goes on is likelier.
     for (beam, _), end in zip(candidates[:num_beams], ends, strict=False):
         if end:
@@ -149,11 +147,11 @@ def _settled(
     return reachable <= finished[-1].score
 
 
-def _filled(model: GPT2, windows: list[list[int]]) -> KVCache:
+def _filled(model: GPT2, windows: list[list[int]], longest: int) -> KVCache:
     """A cache that holds the tokens of windows of one length; equal ones are computed once."""
     alike = all(window == windows[0] for window in windows)
     different = windows[:1] if alike else windows
-    cache = new_cache(model, len(different))
+    cache = new_cache(model, len(different), longest)
     if windows[0]:
         model(torch.tensor(different, device=cache.keys.device), cache)
     return cache.select([0] * len(windows)) if alike else cache

@@ -53,11 +53,11 @@ def window_start(tokens: int, n_positions: int) -> int:
     return -(-(tokens - n_positions) // half) * half
 
 
-def new_cache(model: GPT2, rows: int) -> KVCache:
-    """An empty cache for ``rows`` texts of a model."""
+def new_cache(model: GPT2, rows: int, longest: int | None = None) -> KVCache:
+    """An empty cache for ``rows`` texts of a model, none of them longer than ``longest`` tokens, nor than the context."""
     config = model.config
-    width = config.n_embd // config.n_head
-    return KVCache.empty(config.n_layer, rows, config.n_head, config.n_positions, width, model.head_weight)
+    capacity = min(config.n_positions, longest or config.n_positions)
+    return KVCache.empty(config.n_layer, rows, config.n_head, capacity, config.n_embd // config.n_head, model.head_weight)
 
 
 def require_finite(logits: Tensor) -> None:
@@ -89,8 +89,8 @@ def generate_tokens(
     """
     Continue prompts of any lengths together; each ends after its end-of-text token, which is yielded too.
 
-    A text depends on its prompt and its seed, not on its neighbours in the batch. When one ends, the next prompt takes its
-    row.
+    A text depends on its prompt and its seed, not on its neighbours in the batch, up to the rounding of products of another
+    size, which bf16 shows. When one ends, the next prompt takes its row.
 
     Args:
         prompts: token ids, at least one each.
@@ -110,7 +110,8 @@ def generate_tokens(
         for number, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))
     )
     texts = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-    cache = new_cache(model, len(texts)) if use_cache and texts else None
+    longest = max((len(ids) for ids in prompts), default=0) + max_new_tokens
+    cache = new_cache(model, len(texts), longest) if use_cache and texts else None
     while texts:
         with torch.inference_mode():
             logits = _next_logits(model, texts, cache)[:, :usable_ids]  # (B, V)

@@ -35,7 +35,7 @@ class Sampler:
         if self.temperature == 0:
             return scores
         # The maximum is taken off first, so that a temperature near 0 does not overflow; probabilities are the same.
-        scores = (scores - scores.max()) / self.temperature
+        scores = (scores - scores.max()) / max(self.temperature, torch.finfo(scores.dtype).tiny)
         if self.top_k:
             scores = keep_top_k(scores, self.top_k)
         if self.top_p == 1 and self.min_p == 0:
@@ -66,7 +66,9 @@ def penalize_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     Source: Keskar et al. 2019 (CTRL), section 4.1, with the sign as in Hugging Face's ``generate``.
     """
     old = scores.gather(-1, seen)
-    return scores.scatter(-1, seen, torch.where(old > 0, old / penalty, old * penalty))
+    largest = torch.finfo(scores.dtype).max
+    new = torch.where(old > 0, old / penalty, old * penalty).clamp(-largest, largest)
+    return scores.scatter(-1, seen, new)
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
@@ -82,7 +84,7 @@ def keep_top_p(scores: Tensor, p: float) -> Tensor:
 
     Source: Holtzman et al. 2020, section 3.1 (nucleus sampling).
     """
-    ordered, indices = scores.sort()
+    ordered, indices = scores.sort(stable=True)  # which of several equal ones stays is the same everywhere
     # The unlikely end goes as long as it holds at most 1 - p in all.
     removed = ordered.softmax(-1).cumsum(-1) <= 1 - p
     removed[-1] = False

@@ -14,7 +14,7 @@ Say = Callable[[str], None]
 HELP = """\
 Type the beginning of a text; the model goes on from it. Ctrl-C stops an answer, Ctrl-D ends.
   /settings             what is set
-  /NAME VALUE           change a setting, e.g. /temperature 0.5
+  /NAME VALUE           change a setting, e.g. /temperature 0.5; /NAME default undoes it
   /help, /quit"""
 # These make no sense for one prompt at a time.
 NOT_HERE = ("prompt", "prompt_file", "top_logprobs", "batch_size")
@@ -33,12 +33,12 @@ def converse(path: Path, settings: Settings, say: Say, stream: Say, ask: Callabl
         import readline  # noqa: F401 - gives `input` its history and its arrow keys
 
     loaded = load_for_generation(path, settings, say)
-    given = {
-        name: Given(getattr(settings[GenerationOptions], name), origin)
-        for name, origin in settings.origins.items()
-        if name in _names() and origin != "default"
-    }
     options = settings[GenerationOptions]
+    given = {
+        name: Given(getattr(options, name), origin)
+        for name, origin in settings.origins.items()
+        if origin != "default" and hasattr(options, name) and name not in ("prompt", "prompt_file")
+    }
     say(f"{loaded.checkpoint}: type a prompt, or /help")
     while True:
         try:
@@ -51,7 +51,7 @@ def converse(path: Path, settings: Settings, say: Say, stream: Say, ask: Callabl
             return
         if line.strip() in ("/quit", "/exit"):
             return
-        if line.startswith("/"):
+        if line[:1] == "/" and line[1:2] not in ("/", "*", ""):  # a comment in code is no command
             try:
                 options, given = _command(line, options, given, say)
             except ConfigError as error:
@@ -81,8 +81,12 @@ def _command(
     elif not value:
         say(f"  {name} {getattr(options, name)}")
     else:
-        item: object = [part.strip() for part in value.split(",")] if name == "stop_strings" else value.strip()
-        given = {**given, name: Given(item, f"/{name}")}
+        given = {other: item for other, item in given.items() if other != name}
+        if value.strip() != "default":
+            item: object = [part.strip() for part in value.split(",")] if name == "stop_strings" else value.strip()
+            given[name] = Given(item, f"/{name}")
+        if name == "num_beams" and value.strip() in ("1", "default"):
+            given = {other: item for other, item in given.items() if other not in ("length_penalty", "early_stopping")}
         checked = resolve(GENERATE_GROUPS, given)[GenerationOptions]
         return replace(checked, seed=checked.seed if name == "seed" else options.seed), given
     return options, given

@@ -38,7 +38,7 @@ class Completion:
     """``stop`` at the end-of-text token or a stop string, ``length`` at max_new_tokens."""
     stop_string: str | None = None
     logprobs: list[dict[str, Any]] | None = None
-    """Per token: token (its text), id, logprob, and top_logprobs with the same of the likeliest ones."""
+    """Per token: token (its text), bytes, id, logprob, and top_logprobs with the same of the likeliest ones."""
     score: float | None = None
     """Beam search: the log-probability after the length penalty."""
 
@@ -184,8 +184,13 @@ def _close(completion: Completion, text: TextStream, tokenizer: Tokenizer) -> No
 
 
 def _token_facts(tokenizer: Tokenizer, token: int, logprob: float, top: Top) -> dict[str, Any]:
-    likeliest = [{"token": tokenizer.spelled(i), "id": i, "logprob": value} for i, value in top]
-    return {"token": tokenizer.spelled(token), "id": token, "logprob": logprob, "top_logprobs": likeliest}
+    likeliest = [{**spelling(tokenizer, i), "logprob": value} for i, value in top]
+    return {**spelling(tokenizer, token), "logprob": logprob, "top_logprobs": likeliest}
+
+
+def spelling(tokenizer: Tokenizer, token: int) -> dict[str, Any]:
+    """A token for people and for programs: its text, its bytes (a character may span several tokens), its id."""
+    return {"token": tokenizer.spelled(token), "bytes": list(tokenizer.token_bytes[token]), "id": token}
 
 
 class _InOrder:

@@ -9,7 +9,7 @@ from groundup.config.load import Settings
 from groundup.config.options import ScoreOptions
 from groundup.errors import ConfigError, DataError
 from groundup.evaluation.surprise import Surprise, token_surprise
-from groundup.recipes.generate import load_for_generation
+from groundup.recipes.generate import load_for_generation, spelling
 from groundup.recipes.texts import given_texts
 from groundup.runtime.device import explained_memory_errors
 from groundup.tokenizer.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ def score(path: Path, settings: Settings, say: Say) -> dict[str, Any]:
 
     Returns:
         What ``score --json`` prints: texts (text, tokens, loss, perplexity, bits_per_byte), checkpoint. A token has its text
-        ``token``, id, logprob, bits (its surprise), rank (how many were likelier) and top_logprobs.
+        ``token``, bytes, id, logprob, bits (its surprise), rank (how many were likelier) and top_logprobs.
 
     Raises:
         ConfigError: no text was given.
@@ -59,14 +59,11 @@ def _scored(text: str, found: list[Surprise], tokenizer: Tokenizer) -> dict[str,
         "bits_per_byte": nats / math.log(2) / len(text.encode()),
         "tokens": [
             {
-                "token": tokenizer.spelled(surprise.token),
-                "id": surprise.token,
+                **spelling(tokenizer, surprise.token),
                 "logprob": surprise.logprob,
                 "bits": -surprise.logprob / math.log(2),
                 "rank": surprise.rank,
-                "top_logprobs": [
-                    {"token": tokenizer.spelled(token), "id": token, "logprob": value} for token, value in surprise.top
-                ],
+                "top_logprobs": [{**spelling(tokenizer, token), "logprob": value} for token, value in surprise.top],
             }
             for surprise in found
         ],

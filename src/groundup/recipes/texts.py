@@ -28,10 +28,12 @@ def given_texts(texts: Sequence[str], files: Sequence[str], option: str) -> list
 def _read(file: str, option: str) -> str:
     name = "standard input" if file == STDIN else file
     try:
+        if file == STDIN and sys.stdin is None:
+            raise DataError(f"{option}: standard input is closed; give a file, or pipe a text in")
         content = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
-        text = content.decode()
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{option}: {name} cannot be read ({error.strerror}); give the path of a text file, or -") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{option}: {name} is not UTF-8 (byte {error.start:,}: {error.reason}); convert it first") from None
-    return text.removesuffix("\n")
+    return text.removesuffix("\n").removesuffix("\r")
