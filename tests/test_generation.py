@@ -17,7 +17,7 @@ from torch import Tensor
 import groundup
 from groundup.errors import ConfigError, DataError, DivergedError
 from groundup.generation.generate import Drawn, generate_tokens, new_cache, window_start
-from groundup.generation.inference import OneRowLinear, for_inference
+from groundup.generation.inference import FewRowsLinear, for_inference
 from groundup.generation.sampling import Sampler
 from groundup.generation.text import TextStream
 from groundup.interop.huggingface import config_to_hugging_face, save_model, to_hugging_face
@@ -197,7 +197,7 @@ def test_a_linear_layer_for_one_row_is_a_linear_layer(wide, out, bias, dtype):
     plain = torch.nn.Linear(wide, out, bias).to(dtype)
     fast = torch.nn.Linear(wide, out, bias).to(dtype)
     fast.load_state_dict(plain.state_dict())
-    fast.__class__ = OneRowLinear
+    fast.__class__ = FewRowsLinear
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for shape in ((wide,), (1, wide), (1, 1, wide), (3, wide), (2, 3, wide), (0, wide)):
         x = torch.randn(shape, generator=generator).to(dtype)

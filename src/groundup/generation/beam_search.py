@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from groundup.generation.generate import new_cache, require_finite, window_start
+from groundup.generation.inference import few_rows_linear
 from groundup.generation.sampling import penalize_repetition
 from groundup.model.gpt2 import GPT2
 from groundup.model.kv_cache import KVCache
@@ -78,7 +79,7 @@ def beam_search(
             windows = [text[start:-1] for text in texts]
             cache, window = _filled(model, windows, len(prompt) + max_new_tokens), start
         last = torch.tensor([text[-1:] for text in texts], device=model.head_weight.device)
-        logits = model.logits(model(last, cache)[:, -1])[:, :usable_ids].float()  # (beams, V)
+        logits = few_rows_linear(model(last, cache)[:, -1], model.head_weight)[:, :usable_ids].float()  # (beams, V)
         require_finite(logits)
         logprobs = logits.log_softmax(-1)
         if repetition_penalty != 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from groundup.errors import DivergedError
+from groundup.generation.inference import few_rows_linear
 from groundup.generation.sampling import Sampler
 from groundup.model.gpt2 import GPT2
 from groundup.model.kv_cache import KVCache
@@ -154,9 +155,7 @@ def _next_logits(model: GPT2, texts: list[_Text], cache: KVCache | None) -> Tens
         if text.window != start:
             _fill(model, texts, row, start, cache)
     last = torch.tensor([[text.ids[-1]] for text in texts], device=device)  # (B, 1)
-    hidden = model(last, cache)[:, -1]  # (B, C)
-    # A single row as a vector: see OneRowLinear.
-    return model.logits(hidden[0])[None] if len(texts) == 1 else model.logits(hidden)
+    return few_rows_linear(model(last, cache)[:, -1], model.head_weight)
 
 
 def _fill(model: GPT2, texts: list[_Text], row: int, start: int, cache: KVCache) -> None:
