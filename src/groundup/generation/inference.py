@@ -32,7 +32,7 @@ class FewRowsLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) to (…, out)."""
         rows = x.reshape(-1, x.size(-1))
-        return few_rows_linear(rows, self.weight, self.bias).view(*x.shape[:-1], -1)
+        return few_rows_linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
 
 
 def for_inference(model: GPT2, device: torch.device, dtype: torch.dtype) -> GPT2:
