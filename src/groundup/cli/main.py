@@ -239,7 +239,7 @@ def _train(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str
 
 @_verb(
     "evaluate",
-    "Measure a model on every validation window once: loss, perplexity, bits per byte, token accuracy.",
+    "Measure a model on validation text.\n\nEvery window once: loss, perplexity, bits per byte, token accuracy.",
     EVALUATE_GROUPS,
     [_CHECKPOINT],
 )
@@ -280,7 +280,7 @@ def _import(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], st
 
 @_verb(
     "export",
-    "Write a model for other programs: transformers, llama.cpp, OpenAI's own code; then read it back and compare.",
+    "Write a model for other programs.\n\nFor transformers, llama.cpp or OpenAI's own code; it is read back and compared.",
     EXPORT_GROUPS,
     [_CHECKPOINT, click.Argument(["target"], metavar="PATH")],
 )
@@ -298,7 +298,8 @@ def _export(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], st
 
 @_verb(
     "generate",
-    "Continue a prompt, streaming the text as it comes; without one, at a terminal, prompts are asked for.",
+    "Continue prompts, or ask for them.\n\nThe text streams as it comes. Without a prompt, at a terminal, a prompt sign waits "
+    "for them.",
     GENERATE_GROUPS,
     [_CHECKPOINT],
 )
@@ -328,7 +329,7 @@ def _generate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], 
 
 @_verb(
     "score",
-    "Show how surprised a model is by each token of a text: coloured at a terminal, else a table.",
+    "Show how surprising a text is.\n\nToken by token: coloured at a terminal, else a table.",
     SCORE_GROUPS,
     [_CHECKPOINT],
 )

@@ -286,9 +286,16 @@ class MachineOptions:
     )
     bf16: bool | None = option(
         None,
-        "bfloat16 autocast; by default where the hardware multiplies it faster.",
+        "bfloat16: in training by autocast, by default where the hardware multiplies it faster; in generation as the type of "
+        "the weights, by default not.",
         why="False leaves half of the speed unused",
     )
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """Speed: how the training step is run, and measured."""
+
     torch_compile: bool = option(False, "Compile the model with torch.compile.")
     peak_tflops: float = option(
         0.0,
@@ -396,7 +403,9 @@ class ImportOptions:
         0, "Attention heads, where the files do not say how many; 0 takes what they say.", at_least=0, why="files say it"
     )
     mirror: tuple[str, ...] = option(
-        (), "Download OpenAI's files from this address instead, e.g. https://host/gpt-2/models (repeatable).", why="ours"
+        (),
+        "Download OpenAI's files from this address instead, e.g. https://host/gpt-2/models/{size}/ (repeatable).",
+        why="ours",
     )
 
 
@@ -431,6 +440,7 @@ TRAIN_GROUPS = (
     OptimizerOptions,
     RunOptions,
     MachineOptions,
+    SpeedOptions,
 )
 EVALUATE_GROUPS = (EvaluationOptions, MachineOptions)
 GENERATE_GROUPS = (GenerationOptions, MachineOptions)

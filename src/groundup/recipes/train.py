@@ -9,7 +9,7 @@ import numpy as np
 
 from groundup.checkpoint.commit import checkpoints, step_of
 from groundup.config.load import Settings
-from groundup.config.options import BatchOptions, InitialWeightsOptions, MachineOptions, ModelOptions, RunOptions
+from groundup.config.options import BatchOptions, InitialWeightsOptions, ModelOptions, RunOptions, SpeedOptions
 from groundup.errors import Stopped
 from groundup.evaluation.measure import byte_frequency_baseline
 from groundup.model.flops import parameter_count, training_flops_per_token
@@ -53,7 +53,7 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
             progress.say(f"run {run}: already complete at step {state.step:,}; raise --max-steps to go on")
             return _summary(training, 0.0)
         _describe(training, progress.say)
-        peak, peak_origin = peak_flops(training.machine, settings[MachineOptions].peak_tflops)
+        peak, peak_origin = peak_flops(training.machine, settings[SpeedOptions].peak_tflops)
         progress.say(f"peak: {peak / 1e12:.2f} TFLOP/s ({peak_origin})")
         due = options.eval_steps and state.step % options.eval_steps == 0 and not _evaluated(training)
         if due and not _evaluate(training, progress, should_stop):

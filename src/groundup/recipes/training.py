@@ -24,6 +24,7 @@ from groundup.config.options import (
     ModelOptions,
     OptimizerOptions,
     RunOptions,
+    SpeedOptions,
     TokenizerOptions,
 )
 from groundup.config.plan import Plan, plan_run
@@ -230,7 +231,7 @@ def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Setti
     rewind(run / SAMPLES, kept_steps)
     if state.step < plan.total_steps:
         _write_config(run, sources, settings, prepared_here=dataset.directory == run / DATASET)
-    forward: Forward = torch.compile(model) if settings[MachineOptions].torch_compile else model
+    forward: Forward = torch.compile(model) if settings[SpeedOptions].torch_compile else model
     return Training(run, settings, dataset, machine, model, forward, optimizer, plan, state, identity)
 
 
