@@ -14,6 +14,8 @@ import groundup
 from groundup.config.load import Given, read_config_file, resolve
 from groundup.config.options import (
     COMMANDS,
+    EXPORT_GROUPS,
+    IMPORT_GROUPS,
     PREPARE_GROUPS,
     TRAIN_GROUPS,
     BatchOptions,
@@ -22,7 +24,7 @@ from groundup.config.options import (
     RunOptions,
 )
 from groundup.config.plan import micro_batches, plan_run
-from groundup.config.presets import PRESET_OPTIONS, PRESETS
+from groundup.config.presets import FINE_TUNING, PRESET_OPTIONS, PRESETS
 from groundup.config.reference import reference
 from groundup.errors import ConfigError
 from tests.conftest import groundup as command
@@ -189,6 +191,83 @@ def test_two_ways_to_set_the_global_batch_contradict_each_other():
 def test_a_global_batch_below_one_window_is_refused():
     assert "give at least 64" in refusal(n_positions=64, total_batch_tokens=63)
     assert train_settings(n_positions=64, total_batch_tokens=64)[BatchOptions].total_batch_tokens == 64
+
+
+# --- somebody's weights ---
+
+
+def test_weights_of_somebody_bring_the_defaults_of_fine_tuning_and_no_preset():
+    resolved = train_settings(init_from="somewhere")
+    assert {name: resolved.flat()[name] for name in FINE_TUNING} == FINE_TUNING
+    assert {resolved.origins[name] for name in FINE_TUNING} == {"fine-tuning"}
+    assert {resolved.origins[name] for name in ("n_layer", "n_embd", "n_head", "n_positions")} == {"default"}
+    assert set(FINE_TUNING) <= PRESET_OPTIONS, "what a preset sets beyond the shape"
+    for name, value in {"learning_rate": 0.5, "total_batch_tokens": 64}.items():
+        assert train_settings(init_from="somewhere", **{name: value}).flat()[name] == value
+
+
+def test_no_weights_of_somebody_are_a_preset_as_ever():
+    assert train_settings(init_from="").flat() == train_settings().flat()
+    assert train_settings(init_from="", model="gpt2-nano").flat() == train_settings(model="gpt2-nano").flat()
+
+
+def test_a_preset_beside_weights_names_the_origin():
+    message = refusal(init_from="somewhere", model="gpt2", n_layer="x")
+    assert "model: 'gpt2' (from --flag) names a shape, but init_from 'somewhere' has its own" in message
+    assert "n_layer: 'x'" in message, "all problems come in one error"
+
+
+def test_a_flag_and_a_file_that_name_preset_and_weights_contradict_each_other():
+    for model, init_from in (("file a.toml", "--init-from"), ("--model", "file a.toml"), ("file a.toml", "file b.toml")):
+        given = {"model": Given("gpt2-nano", model), "init_from": Given("somewhere", init_from)}
+        with pytest.raises(ConfigError, match=rf"model: 'gpt2-nano' \(from {model}\)"):
+            resolve(TRAIN_GROUPS, given)
+
+
+def test_a_resolved_configuration_with_weights_resolves_to_itself(tmp_path):
+    """It holds a preset's name too, which took no effect, and a shape that is written out."""
+    first = train_settings(init_from="somewhere", n_positions=64, freeze=["wte*"], gradient_accumulation_steps=2)
+    file = tmp_path / "config.toml"
+    file.write_text(tomli_w.dumps({k: v for k, v in first.flat().items() if v is not None}))
+    assert resolve(TRAIN_GROUPS, read_config_file(file)).flat() == first.flat()
+
+
+def test_the_batch_of_fine_tuning_gives_way_to_accumulation():
+    """It is nobody's wish, like a preset's."""
+    for more in ({}, {"n_positions": 64}):
+        resolved = train_settings(init_from="somewhere", gradient_accumulation_steps=4, **more)
+        assert resolved[BatchOptions].gradient_accumulation_steps == 4
+    with pytest.raises(ConfigError, match="both set the global batch"):
+        train_settings(init_from="somewhere", n_positions=64, gradient_accumulation_steps=4, total_batch_tokens=64)
+
+
+def test_a_shape_that_is_not_known_yet_contradicts_nothing():
+    """Width and context are the weights'; what their defaults would say is not asked."""
+    for more in ({}, {"n_positions": 64}):
+        resolved = train_settings(init_from="somewhere", n_head=5, **more)
+        assert resolved[ModelOptions].n_head == 5
+    assert train_settings(init_from="somewhere", stride=2000)[BatchOptions].stride == 2000
+
+
+def test_patterns_to_freeze_are_one_or_several():
+    assert train_settings(freeze="wte*").flat()["freeze"] == ("wte*",)
+    assert train_settings(freeze=["wte*", "h.0.*"]).flat()["freeze"] == ("wte*", "h.0.*")
+    assert "freeze" in refusal(freeze=[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "near"), [("format", "gguv", "gguf"), ("dtype", "q8", "q8_0"), ("format", "openai", "openai-state-dict")]
+)
+def test_forms_of_an_export_are_named(name, wrong, near):
+    message = refusal(EXPORT_GROUPS, **{name: wrong})
+    assert f"{name}: '{wrong}'" in message
+    assert near in message
+
+
+def test_heads_of_an_import_are_a_number():
+    assert "at least 0" in refusal(IMPORT_GROUPS, n_head=-1)
+    assert "n_head" in refusal(IMPORT_GROUPS, n_head="two")
+    assert resolve(IMPORT_GROUPS, {"n_head": Given("12", "x")}).flat()["n_head"] == 12
 
 
 # --- spellings, bounds, choices ---

@@ -199,15 +199,6 @@ def test_a_head_of_its_own_is_kept_and_a_copy_is_tied(tmp_path):
     assert largest_logit_difference(untied, found, seed=0) == 0.0
 
 
-def test_a_failed_export_leaves_nothing_and_the_old_file(written, monkeypatch):
-    before = written.read_bytes()
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        write_gguf(new_model(seed=1), byte_tokenizer(), written, "f32", "x")
-    assert written.read_bytes() == before
-    assert list(written.parent.iterdir()) == [written]
-
-
 @pytest.mark.parametrize(("dtype", "value"), [("f16", 7e4), ("q8_0", 1e7), ("f16", float("nan")), ("bf16", float("inf"))])
 def test_weights_that_a_type_cannot_hold_are_refused(tmp_path, dtype, value):
     model = new_model()

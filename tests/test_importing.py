@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -319,6 +321,24 @@ def test_masks_and_heads_beside_the_model_are_listed(call, folder, tmp_path):
     save_file(load_file(file) | {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "v_head.weight": torch.ones(3)}, file)
     done = call("import", folder, tmp_path / "in", "--json")
     assert done.json["unexpected"] == ["1 × transformer.h.*.attn.bias", "v_head.weight"]
+    assert "left out: v_head.weight" in call("generate", folder, "--prompt", "a", "--max-new-tokens", 2).err.splitlines()
+
+
+def test_a_name_with_control_characters_does_not_reach_the_terminal(call, folder, tmp_path, monkeypatch):
+    write = gguf.GGUFWriter.write_header_to_file
+
+    def with_one_more(writer: Any, *rest: Any) -> None:
+        writer.add_tensor("evil\x1b[31m\nred", np.ones(32, dtype=np.float32))
+        write(writer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "write_header_to_file", with_one_more)
+        assert call("export", folder, tmp_path / "m.gguf", "--format", "gguf").code == 0
+    done = call("import", tmp_path / "m.gguf", tmp_path / "in", "--json")
+    assert done.code == 0, done.err
+    assert len(done.json["unexpected"]) == 1
+    assert done.err.isascii()
+    assert done.err.strip().isprintable(), "one line without control characters"
 
 
 # ---- what is refused ----
@@ -590,6 +610,25 @@ def test_only_the_files_that_are_read_are_asked_for():
     """A repository also holds the weights of other libraries, several times the size."""
     assert not any(pattern.endswith((".h5", ".msgpack", ".onnx", "*")) for pattern in weights_recipe.HUB_FILES)
     assert {"config.json", "*.safetensors", "tokenizer.json", "merges.txt"} <= set(weights_recipe.HUB_FILES)
+
+
+def test_a_model_of_the_hub_whose_weights_are_in_an_old_file_is_read(call, folder, tmp_path, monkeypatch):
+    """Many a GPT-2 was never uploaded as safetensors."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+    def fetch(name: str, allow_patterns: list[str], **_: object) -> str:
+        fetched = tmp_path / "fetched"
+        fetched.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, fetched)
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    done = call("import", "hf:owner/name", tmp_path / "in")
+    assert done.code == 0, done.err
+    assert_same_bits(weights_of(tmp_path / "in"), weights_of(folder))
 
 
 @pytest.mark.slow

@@ -46,6 +46,7 @@ def commit_as(target: Path, step: int, write: Callable[[Path], None]) -> Path:
     Raises:
         ResourceError: the disk is full; nothing of the checkpoint is left, what was there before is untouched.
     """
+    target = target.absolute()  # "." has no name
     staging = target.with_name(f".{target.name}.partial")
     with explained_os_errors(target.parent, f"checkpoint {target.name}"):
         try:

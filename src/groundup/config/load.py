@@ -82,7 +82,8 @@ def resolve(groups: tuple[type, ...], given: Mapping[str, Given]) -> Settings:
             problems.append(f"{name}: {item.value!r} (from {item.origin}) {error}")
 
     if not problems:
-        problems = contradictions(values, origins)
+        # The shape of somebody's weights is known once they are read; then its rules are asked.
+        problems = contradictions(values, origins, shape_known=not values.get("init_from"))
     if problems:
         raise ConfigError("\n".join(problems))
     frozen = {group: group(**{f.name: values[f.name] for f in fields(group)}) for group in groups}
@@ -104,24 +105,21 @@ def read_config_file(path: Path) -> dict[str, Given]:
     return found
 
 
-def contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
+def contradictions(values: Mapping[str, Any], origins: Mapping[str, str], *, shape_known: bool = True) -> list[str]:
     """Rules across options. Returns one line per broken rule."""
 
     def both_given(*names: str) -> bool:
         return all(name in values and origins[name] != "default" for name in names)
 
     problems = []
-    # The shape of somebody's weights is known once they are read; then these rules are asked again.
-    if values.get("init_from") and origins["n_positions"] == "default":
-        return []
-    if "n_embd" in values and values["n_embd"] % values["n_head"]:
+    if "n_embd" in values and shape_known and values["n_embd"] % values["n_head"]:
         width, heads = values["n_embd"], values["n_head"]
         nearest = max(1, round(width / heads)) * heads
         problems.append(
             f"n_embd: {width} (from {origins['n_embd']}) is not divisible by n_head {heads} "
             f"(from {origins['n_head']}); the nearest width that is: {nearest}"
         )
-    if values.get("stride", 0) > values.get("n_positions", 0):
+    if shape_known and values.get("stride", 0) > values.get("n_positions", 0):
         problems.append(
             f"stride: {values['stride']} (from {origins['stride']}) is more than n_positions {values['n_positions']} "
             f"(from {origins['n_positions']}), so text between windows would be lost; give at most that"
@@ -130,12 +128,12 @@ def contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> lis
         origin = origins["total_batch_tokens"]
         # A resolved configuration file holds both; there the accumulation wins, as it did when it was resolved.
         both_in_file = origin.startswith("file ") and origin == origins["gradient_accumulation_steps"]
-        if not origin.startswith("preset") and not both_in_file:
+        if not origin.startswith(("preset", "fine-tuning")) and not both_in_file:
             problems.append(
                 f"total_batch_tokens: {values['total_batch_tokens']} (from {origin}) and gradient_accumulation_steps "
                 f"{values['gradient_accumulation_steps']} both set the global batch; give one of them"
             )
-    if "total_batch_tokens" in values and not values["gradient_accumulation_steps"]:
+    if "total_batch_tokens" in values and shape_known and not values["gradient_accumulation_steps"]:
         total, window = values["total_batch_tokens"], values["n_positions"]
         if total < window:
             problems.append(

@@ -23,8 +23,8 @@ from torch import Tensor
 from groundup.errors import CheckpointError, ConfigError, DataError
 from groundup.interop.gguf_tokenizer import add_tokenizer, tokenizer_of
 from groundup.interop.imported import Imported, build_model, fit_vocabulary
+from groundup.interop.pickled import shown
 from groundup.model.gpt2 import GPT2, GPT2Config
-from groundup.runtime.files import explained_os_errors, make_directory, rename_durably, sync_file
 from groundup.tokenizer.tokenizer import Tokenizer
 
 ARCHITECTURE = "gpt2"
@@ -35,7 +35,7 @@ Q8_0_BLOCK = 32
 
 def write_gguf(model: GPT2, tokenizer: Tokenizer, path: Path, dtype: str, name: str) -> None:
     """
-    Write a model and its tokenizer as one file that llama.cpp opens, whole or not at all.
+    Write a model and its tokenizer as one file that llama.cpp opens; the caller stages and renames it.
 
     Biases, norms and position embeddings are always f32, as llama.cpp wants them. With q8_0, matrices whose rows are not a
     multiple of 32 wide are f16. Dropout rates and ``initializer_range`` have no place in the format.
@@ -45,33 +45,25 @@ def write_gguf(model: GPT2, tokenizer: Tokenizer, path: Path, dtype: str, name: 
         name: what the model is called in the file.
 
     Raises:
-        ConfigError: ``gguf`` is not installed, or the dtype is none of these, or the place cannot be written.
+        ConfigError: ``gguf`` is not installed, or the dtype is none of these.
         CheckpointError: weights too large for the dtype, or a tokenizer that llama.cpp would run differently.
-        ResourceError: the disk is full.
+        OSError: the file cannot be written.
     """
     gguf = _library()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}; choose one of them")
-    make_directory(path.parent)
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        writer = _writer(gguf)
-        _add_facts(gguf, writer, model.config, dtype, name)
-        add_tokenizer(gguf, writer, tokenizer, model.config.vocab_size)
-        names = _tensor_names(gguf, model.config.n_layer)
-        for ours, tensor in model.state_dict().items():
-            kind = _kind_of(gguf, ours, tuple(tensor.shape), dtype)
-            values = tensor.detach().cpu().float().contiguous().numpy()
-            writer.add_tensor(names[ours], _converted(gguf, values, kind, ours), raw_dtype=kind)
-        with explained_os_errors(path.parent, "export"):
-            writer.write_header_to_file(staged)
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-            sync_file(staged)
-            rename_durably(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    writer = _writer(gguf)
+    _add_facts(gguf, writer, model.config, dtype, name)
+    add_tokenizer(gguf, writer, tokenizer, model.config.vocab_size)
+    names = _tensor_names(gguf, model.config.n_layer)
+    for ours, tensor in model.state_dict().items():
+        kind = _kind_of(gguf, ours, tuple(tensor.shape), dtype)
+        values = tensor.detach().cpu().float().contiguous().numpy()
+        writer.add_tensor(names[ours], _converted(gguf, values, kind, ours), raw_dtype=kind)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def read_gguf(path: Path) -> Imported:
@@ -246,7 +238,7 @@ def _tensors_of(gguf: Any, content: "_Content", n_layer: int) -> tuple[dict[str,
         if kind.name not in ("F32", "F16", "BF16"):
             values = values + 0.0  # a scale of 0 times -3 is -0.0, which no block can say
         tensors[ours[theirs]] = torch.from_numpy(np.array(values, dtype=np.float32))
-    return tensors, tuple(sorted(content.tensors.keys() - ours.keys()))
+    return tensors, tuple(shown(name) for name in sorted(content.tensors.keys() - ours.keys()))
 
 
 # The file's header

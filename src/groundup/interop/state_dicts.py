@@ -372,7 +372,7 @@ def _with_heads(config: GPT2Config, said: int | None, given: int | None, path: P
         if published is None:
             raise ConfigError(
                 f"n_head: {path} does not say how many attention heads its {config.n_layer} layers of width {config.n_embd} "
-                "have, and no tensor shows it; give --n-head as in its training"
+                "have, and no tensor shows it; give --n-head as in its training (groundup import has it)"
             )
         preset, heads = published
         note = (f"n_head: {heads}, as in {preset}, which has these layers and this width (the file does not say)",)

@@ -21,7 +21,7 @@ from groundup.model.gpt2 import GPT2
 from groundup.recipes.importing import require_free
 from groundup.recipes.loading import Loaded, load_checkpoint
 from groundup.runtime.device import explained_memory_errors
-from groundup.runtime.files import explained_os_errors, make_directory, rename_durably, sync_file
+from groundup.runtime.files import explained_os_errors, make_directory, rename_durably, sync_directory, sync_file
 
 Say = Callable[[str], None]
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -47,7 +47,8 @@ def export(path: Path, target: Path, settings: Settings, say: Say) -> dict[str, 
         raise ConfigError(f"dtype: {options.dtype} is for gguf only; hf takes {', '.join(DTYPES)}")
     require_free(target)
     loaded = load_checkpoint(path, say)
-    staging = target.absolute().with_name(f".{target.name}.partial")
+    place = target.resolve()  # a link stays one
+    staging = place.with_name(f".{place.name}.partial")
     with explained_os_errors(target, "export"), explained_memory_errors():
         make_directory(staging.parent)
         _remove(staging)
@@ -76,9 +77,11 @@ def export(path: Path, target: Path, settings: Settings, say: Say) -> dict[str, 
                 file.chmod(file.stat().st_mode | 0o444 & ~_umask())
                 sync_file(file)
             size = sum(file.stat().st_size for file in written)
+            if staging.is_dir():
+                sync_directory(staging)
             with suppress(OSError):
-                target.rmdir()  # an empty folder of that name is what was asked for
-            rename_durably(staging, target.absolute())
+                place.rmdir()  # an empty folder of that name is what was asked for
+            rename_durably(staging, place)
         finally:
             _remove(staging)
     say(f"read back by {' and '.join(checked_by)}: the largest difference of a logit is {difference:.2g}")
@@ -96,6 +99,12 @@ def _write_folder(loaded: Loaded, directory: Path, form: str, dtype: str) -> Non
     if form == "openai-state-dict":
         write_openai(loaded.model, loaded.tokenizer, directory)
         return
+    largest = torch.finfo(DTYPES[dtype]).max
+    for name, weight in loaded.model.state_dict().items():
+        if (most := float(weight.abs().max())) > largest:
+            raise CheckpointError(
+                f"export: {name} has a weight of {most:.3g}, {dtype} ends at {largest:,.0f}; give --dtype bf16 or f32"
+            )
     save_model(loaded.model, directory, loaded.tokenizer.end_of_text_id, DTYPES[dtype])
     loaded.tokenizer.save(directory)
     (directory / "README.md").write_bytes(card_of_checkpoint(loaded.checkpoint).encode())

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from groundup.checkpoint.commit import commit_as
+from groundup.checkpoint.commit import commit_as, step_of
 from groundup.config.load import Settings
 from groundup.config.options import ImportOptions
 from groundup.errors import ConfigError
@@ -60,8 +60,10 @@ def import_model(source: str, target: Path, settings: Settings, say: Say) -> dic
 
     say_report(imported, say)
     with explained_os_errors(target, "import"):
-        make_directory(target.parent)
-        commit_as(target, 0, write)
+        place = target.resolve()  # a link stays one
+        make_directory(place.parent)
+        # What a folder's name says of its step is held against its manifest.
+        commit_as(place, step_of(place), write)
     config = imported.model.config
     return {
         "format": imported.format,
@@ -82,5 +84,9 @@ def require_free(target: Path) -> None:
     Raises:
         ConfigError: a file, or a folder that is not empty.
     """
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+    try:
+        taken = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written ({error.strerror}); choose another place") from None
+    if taken:
         raise ConfigError(f"{target}: exists already; choose another place, or delete it first")

@@ -55,6 +55,11 @@ def starting_point(settings: Settings, checkpoint: Path | None, say: Say) -> Sta
     tokenizer = weights.tokenizer
     if settings.origins["tokenizer"] != "default":
         name = settings[TokenizerOptions].tokenizer
+        if name == "bpe" and tokenizer is None:
+            raise ConfigError(
+                f"tokenizer: 'bpe' (from {settings.origins['tokenizer']}) would be trained anew, but {source} has learned "
+                "the ids of one; name that one, usually --tokenizer gpt2"
+            )
         named = None if name == "bpe" else tokenizer_named(name)
         if tokenizer is not None and (named is None or not named.gives_the_ids_of(tokenizer)):
             raise ConfigError(

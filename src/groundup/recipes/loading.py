@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from groundup.checkpoint.commit import MANIFEST, Say, checkpoints, verify
+from groundup.checkpoint.commit import FORMAT, MANIFEST, Say, checkpoints, verify
 from groundup.data.foreign import foreign_shards, open_foreign_dataset
 from groundup.data.shards import MANIFEST as DATASET_MANIFEST
 from groundup.data.shards import Dataset, open_dataset
@@ -55,13 +55,22 @@ def load_checkpoint(path: Path, say: Say) -> Loaded:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a path is a run or a checkpoint of groundup, good or damaged."""
-    return (path / MANIFEST).is_file() or is_run(path) or bool(checkpoints(path))
+    """Whether a path is a run or a checkpoint of groundup, good or damaged; other trainers call folders alike."""
+    try:
+        return _is_checkpoint(path) or is_run(path) or any(_is_checkpoint(saved) for saved in checkpoints(path))
+    except OSError:
+        return False
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """By what the manifest says it is, or, where that is damaged, by the run around it."""
+    manifest = folder / MANIFEST
+    return manifest.is_file() and (FORMAT.encode() in manifest.read_bytes() or is_run(folder.parent))
 
 
 def checkpoint_of(path: Path, say: Say) -> Path:
     """The checkpoint itself, verified, of a run or a checkpoint of groundup."""
-    checkpoint = path if (path / MANIFEST).is_file() else _newest_readable(path, say)
+    checkpoint = path if _is_checkpoint(path) else _newest_readable(path, say)
     verify(checkpoint)
     return checkpoint
 

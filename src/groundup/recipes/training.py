@@ -283,10 +283,11 @@ def _fresh_model(config: GPT2Config, seed: int) -> GPT2:
 def _identity(config: GPT2Config, dataset: Dataset, settings: Settings, plan: Plan) -> dict[str, Any]:
     """What must not change between the parts of one run."""
     dropout = max(config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) > 0
-    frozen = settings[InitialWeightsOptions].freeze
+    initial = settings[InitialWeightsOptions]
     return {
         **asdict(config),
-        **({"freeze": list(frozen)} if frozen else {}),
+        **({"init_from": initial.init_from} if initial.init_from else {}),
+        **({"freeze": list(initial.freeze)} if initial.freeze else {}),
         # A pass draws one mask for all its windows.
         **({"per_device_train_batch_size": settings[BatchOptions].per_device_train_batch_size} if dropout else {}),
         "tokenizer_sha256": dataset.tokenizer.sha256,

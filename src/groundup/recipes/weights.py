@@ -2,18 +2,21 @@
 
 import os
 import re
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from groundup.errors import CheckpointError, ConfigError
 from groundup.interop.huggingface import read_hugging_face
 from groundup.interop.imported import Imported
+from groundup.interop.pickled import shown
 from groundup.interop.state_dicts import read_state_dict
 
 Say = Callable[[str], None]
 OPENAI, HUB = "openai:", "hf:"
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
              "vocab.json", "merges.txt"]  # fmt: skip
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 ACCEPTED = (
     "a run, a checkpoint, a Hugging Face folder (config.json), OpenAI's folder (hparams.json), a state dict of nanoGPT, "
     "build-nanogpt or LLMs-from-scratch (.pt, .pth, .safetensors), a .gguf file, openai:124M, or hf:OWNER/NAME"
@@ -31,30 +34,65 @@ def open_weights(source: str, say: Say, *, n_head: int = 0, mirrors: Sequence[st
 
     Raises:
         CheckpointError: nothing there that is known, or damaged, or another kind of model.
+        ConfigError: ``n_head`` is not what the files say.
     """
     if source.startswith(OPENAI):
-        return _openai(source.removeprefix(OPENAI), mirrors)
-    if source.startswith(HUB):
-        return read_hugging_face(_from_hub(source.removeprefix(HUB), say))
-    path = Path(source)
-    if path.is_file():
+        imported = _openai(source.removeprefix(OPENAI), mirrors)
+    elif source.startswith(HUB):
+        imported = read_hugging_face(_from_hub(source.removeprefix(HUB), say))
+    else:
+        imported = _open_path(Path(source), n_head)
+    if n_head and imported.model.config.n_head != n_head:
+        raise ConfigError(f"n_head: {n_head} is not the {imported.model.config.n_head} that {source} says; leave --n-head out")
+    return imported
+
+
+def _open_path(path: Path, n_head: int) -> Imported:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        looks_like_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) is not None
+        hint = f"a model on the Hugging Face hub is spelled hf:{path}" if looks_like_hub else f"give {ACCEPTED}"
+        raise CheckpointError(f"checkpoint {path}: not found ({error.strerror}); {hint}") from None
+    if stat.S_ISDIR(mode):
+        return _open_folder(path)
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"checkpoint {path}: is neither a file nor a folder; give {ACCEPTED}")
+    try:
         with path.open("rb") as file:
             is_gguf = file.read(4) == b"GGUF"
-        if is_gguf:
-            from groundup.interop.gguf_files import read_gguf
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({error.strerror}); make it readable") from None
+    if is_gguf:
+        from groundup.interop.gguf_files import read_gguf
 
-            return read_gguf(path)
-        return read_state_dict(path, None, n_head or None)
-    if not path.is_dir():
-        looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
-        hint = f"; a model on the Hugging Face hub is spelled hf:{source}" if looks_like_hub else f"; give {ACCEPTED}"
-        raise CheckpointError(f"checkpoint {source}: not found{hint}")
+        return read_gguf(path)
+    return read_state_dict(path, None, n_head or None)
+
+
+def _open_folder(path: Path) -> Imported:
+    try:
+        names = sorted(entry.name for entry in path.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({error.strerror}); make it readable") from None
     # Half of a download too, so that what is said is what is missing of it.
-    if any((path / name).is_file() for name in ("hparams.json", "checkpoint", "model.ckpt.index")):
+    if {"hparams.json", "checkpoint", "model.ckpt.index"} & set(names):
         from groundup.interop.openai import read_openai
 
         return read_openai(path)
-    return read_hugging_face(path)
+    if {"config.json", "adapter_config.json"} & set(names):
+        return read_hugging_face(path)
+    weights = [name for name in names if name.endswith(WEIGHTS)]
+    inner = [name for name in names if (path / name / "config.json").is_file()]
+    if "dataset.json" in names:
+        hint = "it is a dataset; give the run that was trained on it"
+    elif {"model.safetensors", "pytorch_model.bin"} & set(weights):
+        hint = "it has weights and no config.json, which says their shape; copy that too"
+    elif weights or inner:
+        hint = f"give what is in it: {path / (weights or inner)[0]}"
+    else:
+        hint = f"give {ACCEPTED}"
+    raise CheckpointError(f"checkpoint {path}: no checkpoint in it; {hint}")
 
 
 def say_report(imported: Imported, say: Say) -> None:
@@ -89,9 +127,12 @@ def _from_hub(name: str, say: Say) -> Path:
         raise ConfigError(f"hf:{name}: huggingface_hub is not installed; pip install huggingface_hub") from None
     say(f"hf:{name}: looking it up on the hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*"]))
+        return folder
     except Exception as error:  # the library raises a dozen kinds, and its HTTP client others
-        reason = " ".join(str(error).split())[:200]
+        reason = shown(" ".join(str(error).split())[:200])
         raise CheckpointError(
             f"hf:{name}: cannot be fetched ({type(error).__name__}: {reason}); offline, download config.json, "
             "model.safetensors and tokenizer.json elsewhere and give their folder"

@@ -93,14 +93,16 @@ def explained_os_errors(path: Path, what: str) -> Iterator[None]:
         if isinstance(caught, SafetensorError) and number is None:
             raise
         error = OSError(int(number[1]), os.strerror(int(number[1]))) if number else cast("OSError", caught)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        cut_short = error.errno is None and "requested and" in str(error)  # numpy's words for a write that was cut
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or cut_short:
             free = shutil.disk_usage(existing_parent(path)).free
             raise ResourceError(
                 f"{what}: no space left at {path} ({free / 2**20:,.0f} MiB free); nothing was lost, free some space "
-                "or choose another --output-dir, and run the same command again"
+                "or choose another place, and run the same command again"
             ) from error
         if error.errno in (
             errno.EACCES,
+            errno.ENOENT,
             errno.EPERM,
             errno.EROFS,
             errno.ENOTDIR,
@@ -109,8 +111,7 @@ def explained_os_errors(path: Path, what: str) -> Iterator[None]:
             errno.EEXIST,
         ):
             raise ConfigError(
-                f"{what}: cannot write {error.filename or path} ({error.strerror}); choose a folder that you may write "
-                "with --output-dir"
+                f"{what}: cannot write {error.filename or path} ({error.strerror}); choose a place that you may write"
             ) from error
         raise
 
@@ -125,9 +126,7 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"output_dir: cannot make {path} ({error.strerror}); choose a folder that you may write with --output-dir"
-        ) from error
+        raise ConfigError(f"output_dir: cannot make {path} ({error.strerror}); choose a place that you may write") from error
 
 
 def existing_parent(path: Path) -> Path:

@@ -94,7 +94,7 @@ class Tokenizer:
             return None
         model = self._spec["model"]
         merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-        switches = [bool(model.get(name)) for name in ("dropout", "ignore_merges", "byte_fallback")]
+        switches = {name: value for name, value in model.items() if name not in ("vocab", "merges") and value}
         vocabulary = self._slow.get_vocab(with_added_tokens=True)
         return pattern, merges, switches, vocabulary, self.end_of_text_id
 
@@ -170,6 +170,8 @@ class Tokenizer:
             plain = not level.get("use_regex", True) and not level.get("add_prefix_space")
             if split["type"] == "Split" and split["behavior"] == "Isolated" and not split["invert"] and plain:
                 pattern: str | None = split["pattern"].get("Regex")
+                if pattern == GPT2_PATTERN:
+                    return GPT2_PATTERN_POSSESSIVE
                 return pattern if pattern in TOTAL_PATTERNS else None
         return None
 
