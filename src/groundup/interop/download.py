@@ -99,7 +99,7 @@ def download_openai(
     for mirror in mirrors:
         if urlsplit(mirror).scheme not in ("http", "https"):
             raise ConfigError(f"import: mirror {mirror!r} is no http or https address")
-    make_directory(directory)
+    make_directory(directory, "XDG_CACHE_HOME")
     if all((directory / name).exists() for name in RELEASE_FILES):
         for name in RELEASE_FILES:
             _check_known(directory / name)

@@ -50,7 +50,7 @@ def export(path: Path, target: Path, settings: Settings, say: Say) -> dict[str, 
     place = target.resolve()  # a link stays one
     staging = place.with_name(f".{place.name}.partial")
     with explained_os_errors(target, "export"), explained_memory_errors():
-        make_directory(staging.parent)
+        make_directory(staging.parent, "PATH")
         _remove(staging)
         try:
             if options.format == "gguf":

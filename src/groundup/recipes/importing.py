@@ -61,7 +61,7 @@ def import_model(source: str, target: Path, settings: Settings, say: Say) -> dic
     say_report(imported, say)
     with explained_os_errors(target, "import"):
         place = target.resolve()  # a link stays one
-        make_directory(place.parent)
+        make_directory(place.parent, "FOLDER")
         # What a folder's name says of its step is held against its manifest.
         commit_as(place, step_of(place), write)
     config = imported.model.config

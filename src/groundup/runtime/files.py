@@ -116,9 +116,12 @@ def explained_os_errors(path: Path, what: str) -> Iterator[None]:
         raise
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: Path, option: str = "--output-dir") -> None:
     """
     Make a directory for results, with those above it.
+
+    Args:
+        option: what the user chose it with.
 
     Raises:
         ConfigError: the place cannot hold one.
