@@ -129,7 +129,9 @@ def make_directory(path: Path, option: str = "--output-dir") -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"output_dir: cannot make {path} ({error.strerror}); choose a place that you may write") from error
+        raise ConfigError(
+            f"{option}: cannot make {path} ({error.strerror}); choose a folder that you may write with {option}"
+        ) from error
 
 
 def existing_parent(path: Path) -> Path:
