@@ -9,10 +9,10 @@ demo: .venv/installed  ## learn Python from its standard library, then complete 
 	@BIN=$(BIN) sh scripts/demo.sh
 
 test: .venv/installed-dev  ## the whole test suite, offline
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto
 
 test-fast: .venv/installed-dev  ## what runs in under a minute
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses=auto -m "not slow"
 
 check: .venv/installed-dev  ## lint, types, layers
 	$(BIN)/ruff check .

@@ -91,7 +91,7 @@ def test_settings_are_shown_with_their_values(model_folder):
 
 def test_a_setting_can_be_shown_and_changed(model_folder):
     talk = Conversation(model_folder, ["/max_new_tokens", "/max-new-tokens 9", "/max_new_tokens", "the"], seed=1)
-    assert talk.said[-2:] == ["  max_new_tokens 6", "  max_new_tokens 9"]
+    assert talk.said[-3:] == ["  max_new_tokens 6", "  max_new_tokens 9", "  max_new_tokens 9"]
     assert talk.answers[0] == single(model_folder, "the", max_new_tokens=9, seed=1)
 
 

@@ -7,6 +7,7 @@ Progress and errors go to standard error; standard output holds the result, with
 import contextlib
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -139,7 +140,8 @@ def _flag(declaration: Field[Any], hint: Any, group: type) -> click.Option:
     if hint is bool or hint == bool | None:
         return _Option([f"--{name}/--no-{name}"], **common)
     metavar = "|".join(rules["choices"]) if rules["choices"] and len(rules["choices"]) < 5 else rules["unit"] or unit
-    return _Option([f"--{name}"], metavar=metavar.upper().replace(" ", "-"), multiple=hint == tuple[str, ...], **common)
+    metavar = metavar if rules["choices"] else metavar.upper().replace(" ", "-")
+    return _Option([f"--{name}"], metavar=metavar, multiple=hint == tuple[str, ...], **common)
 
 
 def _verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.Parameter]) -> Callable[[Run], Run]:
@@ -208,7 +210,7 @@ def _prepare(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], s
         dataset = prepare_dataset(own["sources"], Path(own["output_dir"]), settings, shown.say)
     return summary(
         dataset
-    ), f"{dataset.directory}: ready; train on it with `groundup train {dataset.directory} --output-dir RUN`"
+    ), f"{dataset.directory}: ready; train on it with `groundup train {shlex.quote(str(dataset.directory))} --output-dir RUN`"
 
 
 @_verb(
@@ -231,10 +233,11 @@ def _train(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str
     with progress() as shown:
         result = train(own["sources"], output, settings, shown)
     loss = "" if result["eval_loss"] is None else f", validation loss {result['eval_loss']:.4f}"
+    run = shlex.quote(str(output))
     text = f"done: {result['steps']:,} steps in {duration(result['seconds'])}{loss}\n"
     text += f"checkpoint: {result['final_checkpoint']} (transformers opens it as it is)\n"
     text += f"curves: {output / 'loss.png'}, {output / 'perplexity.png'}\n"
-    return result, text + f'next: groundup generate {output} --prompt "…"'
+    return result, text + f'next: groundup generate {run} --prompt "…"'
 
 
 @_verb(
@@ -273,8 +276,8 @@ def _import(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], st
     return result, (
         f"{result['checkpoint']}: {result['format']}, {result['parameters']:,} parameters, vocabulary "
         f"{result['vocab_size']:,}, context {result['n_positions']:,}\n"
-        f'next: groundup generate {result["checkpoint"]} --prompt "…"\n'
-        f"      groundup train TEXT --init-from {result['checkpoint']} --output-dir RUN"
+        f'next: groundup generate {shlex.quote(result["checkpoint"])} --prompt "…"\n'
+        f"      groundup train TEXT --init-from {shlex.quote(result['checkpoint'])} --output-dir RUN"
     )
 
 
@@ -322,6 +325,8 @@ def _generate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], 
         if not options.prompt and not options.prompt_file and not own["json"] and sys.stdin is not None and sys.stdin.isatty():
             converse(path, settings, shown.say, stream)
             return {}, ""
+        if not options.prompt and not options.prompt_file:
+            shown.say("no prompt: this starts a new document (standard input is read by --prompt-file -)")
         result = generate(path, settings, shown.say, stream, logprobs=own["json"])
         shown.say(f"({sum(len(c['token_ids']) for c in result['completions'])} tokens, {result['tokens_per_second']} tok/s)")
     return result, ""

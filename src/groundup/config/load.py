@@ -157,7 +157,7 @@ def _decoding_contradictions(values: Mapping[str, Any], origins: Mapping[str, st
         if values["num_return_sequences"] > beams:
             problems.append(
                 f"num_return_sequences: {values['num_return_sequences']} (from {origins['num_return_sequences']}) is more than "
-                f"num_beams {beams} (from {origins['num_beams']}) find; give at most that"
+                f"the num_beams {beams} (from {origins['num_beams']}); give at most that, or more beams"
             )
     elif "num_beams" in values:
         given = [name for name, off in (("length_penalty", 1), ("early_stopping", "false")) if values[name] != off]
@@ -165,6 +165,11 @@ def _decoding_contradictions(values: Mapping[str, Any], origins: Mapping[str, st
             f"{name}: {values[name]!r} (from {origins[name]}) acts on beams only; add --num-beams, or leave it out"
             for name in given
         ]
+        if values["temperature"] == 0 and values["num_return_sequences"] > 1:
+            problems.append(
+                f"num_return_sequences: {values['num_return_sequences']} (from {origins['num_return_sequences']}), but "
+                f"temperature 0 (from {origins['temperature']}) gives one text; raise it, or add --num-beams for the n best"
+            )
     if "" in values.get("stop_strings", ()):
         problems.append(f"stop_strings: '' (from {origins['stop_strings']}) is in every text; give at least one character")
     return problems
@@ -276,6 +281,8 @@ def _number(value: object) -> float:
 def _checked(declaration: Field[Any], value: Any) -> Any:
     """Hold a value against the bounds and choices of its declaration."""
     rules = declaration.metadata
+    if rules["choices"] and str(value).lower() in rules["choices"]:
+        return str(value).lower()
     if rules["choices"] and value not in rules["choices"]:
         near = difflib.get_close_matches(str(value), rules["choices"], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -10,8 +10,6 @@ from groundup.errors import CheckpointError
 from groundup.model.gpt2 import GPT2, GPT2Config
 from groundup.tokenizer.tokenizer import Tokenizer
 
-MOST_PADDING = 1024
-"""Rows beyond the tokenizer's that may be padding; more of them are tokens that the tokenizer does not know."""
 VOCABULARY_ROWS = ("wte.weight", "lm_head.weight")
 
 
@@ -50,7 +48,7 @@ def fit_vocabulary(
     if tokenizer is None or tokenizer.vocab_size == config.vocab_size:
         return config, dict(tensors), ()
     rows = tokenizer.vocab_size
-    if not 0 <= config.vocab_size - rows <= MOST_PADDING:
+    if not 0 <= config.vocab_size - rows <= most_padding(rows):
         raise CheckpointError(
             f"{origin}: the tokenizer has {rows:,} ids, the model knows {config.vocab_size:,}; they belong to different "
             "models: give --tokenizer the one that the model was trained with"
@@ -62,6 +60,11 @@ def fit_vocabulary(
         if name in tensors
     )
     return replace(config, vocab_size=rows), fitted, notes
+
+
+def most_padding(rows: int) -> int:
+    """Rows beyond the tokenizer's that may be padding, to a multiple of 128, or of 1,024; more are tokens unknown to it."""
+    return min(1023, max(127, rows // 8))
 
 
 def build_model(config: GPT2Config, tensors: Mapping[str, Tensor], origin: str) -> GPT2:

@@ -72,7 +72,7 @@ def open_training(sources: Sources, output_dir: str | Path, **options: Any) -> I
 
 
 def load(path: str | Path) -> Loaded:
-    """Model and tokenizer of a run's newest checkpoint, a checkpoint, or a Hugging Face GPT-2 folder."""
+    """Model and tokenizer of a run's newest checkpoint, a checkpoint, or whatever ``groundup import`` reads."""
     with progress() as shown:
         return load_checkpoint(Path(path), shown.say)
 

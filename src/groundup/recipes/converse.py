@@ -88,6 +88,7 @@ def _command(
         if name == "num_beams" and value.strip() in ("1", "default"):
             given = {other: item for other, item in given.items() if other not in ("length_penalty", "early_stopping")}
         checked = resolve(GENERATE_GROUPS, given)[GenerationOptions]
+        say(f"  {name} {getattr(checked, name)}")
         return replace(checked, seed=checked.seed if name == "seed" else options.seed), given
     return options, given
 

@@ -54,7 +54,7 @@ def evaluate(path: Path, settings: Settings, say: Say) -> dict[str, Any]:
 def _dataset_of_run(loaded: Loaded) -> Dataset:
     """The dataset that a checkpoint's run was trained on; no other passes for it."""
     run = loaded.checkpoint.parent
-    advice = "give --data DATASET, or --data with validation text"
+    advice = "give --data with a dataset or validation text"
     try:
         trained_on = json.loads((loaded.checkpoint / "trainer_state.json").read_text())["identity"]["dataset_sha256"]
         sources = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["sources"]

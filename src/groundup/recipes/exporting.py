@@ -45,6 +45,8 @@ def export(path: Path, target: Path, settings: Settings, say: Say) -> dict[str, 
         raise ConfigError(f"dtype: {options.dtype} is not for openai-state-dict, which is f32; leave --dtype out")
     if options.format == "hf" and options.dtype not in DTYPES:
         raise ConfigError(f"dtype: {options.dtype} is for gguf only; hf takes {', '.join(DTYPES)}")
+    if options.format == "hf" and target.suffix == ".gguf":
+        raise ConfigError(f"format: hf makes a folder, and {target} is the name of a GGUF file; add --format gguf")
     require_free(target)
     loaded = load_checkpoint(path, say)
     place = target.resolve()  # a link stays one
@@ -54,6 +56,8 @@ def export(path: Path, target: Path, settings: Settings, say: Say) -> dict[str, 
         _remove(staging)
         try:
             if options.format == "gguf":
+                if options.dtype == "q8_0" and loaded.model.config.n_embd % 32:
+                    say("q8_0 takes rows of a multiple of 32 weights: the other matrices are f16")
                 write_gguf(loaded.model, loaded.tokenizer, staging, options.dtype, target.stem)
                 written = [staging]
             else:

@@ -13,7 +13,7 @@ from groundup.interop.imported import fitted
 from groundup.model.flops import parameter_count
 from groundup.recipes.loading import is_ours
 from groundup.recipes.prepare import tokenizer_named
-from groundup.recipes.weights import open_weights, say_report
+from groundup.recipes.weights import open_weights, say_report, tokenizer_hint
 from groundup.runtime.device import explained_memory_errors
 from groundup.runtime.files import explained_os_errors, make_directory
 
@@ -41,8 +41,8 @@ def import_model(source: str, target: Path, settings: Settings, say: Say) -> dic
         imported = open_weights(source, say, n_head=options.n_head, mirrors=options.mirror)
     if imported.tokenizer is None and named is None:
         raise ConfigError(
-            f"tokenizer: {source} holds none; name the one that the model was trained with, usually --tokenizer gpt2 (its "
-            f"vocabulary has {imported.model.config.vocab_size:,} ids)"
+            f"tokenizer: {source} holds none; name the one that the model was trained with: --tokenizer "
+            f"{tokenizer_hint(imported)}"
         )
     if imported.tokenizer is None and named is not None:
         imported = fitted(imported, named, source)
@@ -59,6 +59,8 @@ def import_model(source: str, target: Path, settings: Settings, say: Say) -> dic
         tokenizer.save(directory)
 
     say_report(imported, say)
+    if not imported.model.config.tie_word_embeddings:
+        say("head: a matrix of its own, not the token embedding")
     with explained_os_errors(target, "import"):
         place = target.resolve()  # a link stays one
         make_directory(place.parent, "FOLDER")

@@ -1,5 +1,6 @@
 """Training that starts from somebody's weights: their shape and tokenizer become the run's."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -46,6 +47,17 @@ def starting_point(settings: Settings, checkpoint: Path | None, say: Say) -> Sta
         ConfigError: an option asks for another shape or tokenizer than the weights have.
     """
     source = settings[InitialWeightsOptions].init_from
+    if checkpoint is not None and (was := _started_from(checkpoint)) != source:
+        run = checkpoint.parent
+        raise ConfigError(
+            f"init_from: run {run} was started from {was or 'random weights'}, not {source or 'random weights'}; "
+            + (
+                f"to go on, give --init-from {was} (it need not exist any more); "
+                if was
+                else "to go on, leave --init-from out; "
+            )
+            + "to start anew, choose another --output-dir"
+        )
     if not source:
         return None
     if checkpoint is not None:
@@ -74,7 +86,9 @@ def starting_point(settings: Settings, checkpoint: Path | None, say: Say) -> Sta
 
 def initial_model(weights: Imported, config: GPT2Config, tokenizer: Tokenizer, source: str, say: Say) -> GPT2:
     """The weights in a model of the run's configuration: vocabulary and context fitted."""
-    model = fitted(weights, tokenizer, source).model
+    fitting = fitted(weights, tokenizer, source)
+    say_report(replace(fitting, missing=(), unexpected=(), reshaped=fitting.reshaped[len(weights.reshaped) :]), say)
+    model = fitting.model
     had, wanted = model.config.n_positions, config.n_positions
     if wanted < had:
         say(f"context: {had:,} → {wanted:,} tokens; positions from {wanted:,} on are cut off")
@@ -125,6 +139,15 @@ def freeze(model: nn.Module, patterns: tuple[str, ...], origin: str) -> list[str
     return frozen
 
 
+def _started_from(checkpoint: Path) -> str:
+    """What a run was started from; nothing for random weights, and where that cannot be read."""
+    try:
+        identity = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["identity"]
+        return str(identity.get("init_from", ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+
+
 def _open(source: str, settings: Settings, say: Say) -> Imported:
     if is_ours(Path(source)):
         loaded = load_checkpoint(Path(source), say)
@@ -136,6 +159,11 @@ def _open(source: str, settings: Settings, say: Say) -> Imported:
 def _with_shape(settings: Settings, config: GPT2Config, source: str) -> Settings:
     """The settings with the weights' shape; their context too, unless another was asked for."""
     options, origins = settings[ModelOptions], settings.origins
+    if config.vocab_size != settings[TokenizerOptions].vocab_size and origins["vocab_size"] != "default":
+        raise ConfigError(
+            f"vocab_size: {settings[TokenizerOptions].vocab_size} (from {origins['vocab_size']}), but {source} has "
+            f"{config.vocab_size}; leave it out"
+        )
     wrong = [
         f"{name}: {getattr(options, name)} (from {origins[name]}), but {source} has {getattr(config, name)}; leave it out"
         for name in SHAPE

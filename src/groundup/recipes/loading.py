@@ -12,7 +12,7 @@ from groundup.errors import CheckpointError, ConfigError
 from groundup.interop.huggingface import load_model
 from groundup.model.gpt2 import GPT2
 from groundup.recipes.prepare import tokenizer_named
-from groundup.recipes.weights import open_weights, say_report
+from groundup.recipes.weights import open_weights, say_report, tokenizer_hint
 from groundup.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -37,12 +37,12 @@ def load_checkpoint(path: Path, say: Say) -> Loaded:
     """
     if not is_ours(path):
         imported = open_weights(str(path), say)
-        say_report(imported, say)
         if imported.tokenizer is None:
             raise ConfigError(
-                f"tokenizer: {path} holds none; import it with the one that it was trained with, usually: groundup import "
-                f"{path} FOLDER --tokenizer gpt2"
+                f"tokenizer: {path} holds none; import it with the one that it was trained with: groundup import {path} FOLDER "
+                f"--tokenizer {tokenizer_hint(imported)}"
             )
+        say_report(imported, say)
         return Loaded(imported.model, imported.tokenizer, path)
     checkpoint = checkpoint_of(path, say)
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from groundup.checkpoint.commit import checkpoints
 from groundup.config.load import Settings
 from groundup.config.options import DataOptions, TokenizerOptions
 from groundup.data.prepare import PrepareRequest, counted, prepare, survey
 from groundup.data.shards import MANIFEST, Dataset, open_dataset
-from groundup.data.sources import STDIN, ReadOptions
+from groundup.data.sources import STDIN, ReadOptions, is_run
 from groundup.errors import ConfigError, DataError
 from groundup.runtime.files import explained_os_errors
 from groundup.tokenizer.gpt2_files import gpt2_tokenizer
@@ -18,6 +19,8 @@ from groundup.tokenizer.tokenizer import Tokenizer, byte_tokenizer, load_tokeniz
 from groundup.tokenizer.training import train_bpe
 
 Say = Callable[[str], None]
+DATASET = "dataset"
+"""The folder in a run that holds the dataset made for it."""
 
 
 def prepare_dataset(
@@ -42,6 +45,9 @@ def prepare_dataset(
     """
     if not sources and not settings[DataOptions].validation_source:
         raise ConfigError("sources: none given; give files or folders, - for standard input, or python-stdlib")
+    for source in (*sources, *settings[DataOptions].validation_source):
+        if is_run(Path(source)):
+            raise ConfigError(f"source {source}: is a run, not text; the data that it was trained on is {source}/{DATASET}")
     request = _request(sources, settings)
     if tokenizer is not None:
         request = dataclasses.replace(request, tokenizer="of the weights")
@@ -100,7 +106,10 @@ def tokenizer_named(name: str) -> Tokenizer:
     if name == "gpt2":
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         return gpt2_tokenizer(Path(cache, "groundup", "gpt2"))
-    return load_tokenizer(Path(name))
+    path = Path(name)
+    if is_run(path):  # its tokenizer is in what it prepared, or in what it saved
+        path = next((place for place in (path / DATASET, *checkpoints(path)) if (place / "tokenizer.json").is_file()), path)
+    return load_tokenizer(path)
 
 
 def _tokenizer_builder(settings: Settings) -> Callable[[Iterable[str]], Tokenizer]:

@@ -43,7 +43,7 @@ from groundup.optim.adamw import build_adamw
 from groundup.recipes.initial import freeze, initial_model, require_tokenizer, starting_point
 from groundup.recipes.loading import is_dataset, open_any_dataset
 from groundup.recipes.machine import machine_for
-from groundup.recipes.prepare import prepare_dataset, report
+from groundup.recipes.prepare import DATASET, prepare_dataset, report
 from groundup.runtime.device import Machine, explained_memory_errors
 from groundup.runtime.files import exclusive, existing_parent, explained_os_errors, make_directory, replace_durably
 from groundup.runtime.random import derive_seed
@@ -54,7 +54,7 @@ from groundup.training.state import TrainState
 from groundup.training.step import Forward
 
 Say = Callable[[str], None]
-CONFIG, DATASET, SAMPLES, LOCK = "config.toml", "dataset", "samples.jsonl", ".lock"
+CONFIG, SAMPLES, LOCK = "config.toml", "samples.jsonl", ".lock"
 PICTURES = ("loss.png", "perplexity.png")
 
 
@@ -175,6 +175,11 @@ def open_training(sources: Sequence[str], run: Path, settings: Settings, say: Sa
 def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Settings, say: Say) -> Training:
     """What ``open_training`` says; what must be let go of afterwards is put on the stack."""
     machine = machine_for(settings[MachineOptions], training=True)
+    initial = settings[InitialWeightsOptions].init_from
+    if initial and Path(initial).resolve() == run.resolve():
+        raise ConfigError(
+            f"init_from: {initial} is the --output-dir itself; name another folder for the run that starts from it"
+        )
     if any(run.resolve() == Path(source).resolve() for source in sources):
         raise ConfigError(
             f"output_dir: {run} is the source itself; name another folder with --output-dir, for instance {run.name}-run"

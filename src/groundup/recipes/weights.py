@@ -8,7 +8,7 @@ from pathlib import Path
 
 from groundup.errors import CheckpointError, ConfigError
 from groundup.interop.huggingface import read_hugging_face
-from groundup.interop.imported import Imported
+from groundup.interop.imported import Imported, most_padding
 from groundup.interop.pickled import shown
 from groundup.interop.state_dicts import read_state_dict
 
@@ -51,7 +51,7 @@ def _open_path(path: Path, n_head: int) -> Imported:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        looks_like_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) is not None
+        looks_like_hub = not (path.parent.is_dir() and path.parent.name) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path))
         hint = f"a model on the Hugging Face hub is spelled hf:{path}" if looks_like_hub else f"give {ACCEPTED}"
         raise CheckpointError(f"checkpoint {path}: not found ({error.strerror}); {hint}") from None
     if stat.S_ISDIR(mode):
@@ -63,6 +63,8 @@ def _open_path(path: Path, n_head: int) -> Imported:
             is_gguf = file.read(4) == b"GGUF"
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error.strerror}); make it readable") from None
+    if path.name in ("model.safetensors", "pytorch_model.bin") and (path.parent / "config.json").is_file():
+        raise CheckpointError(f"checkpoint {path}: is one file of several; give the folder, {path.parent}")
     if is_gguf:
         from groundup.interop.gguf_files import read_gguf
 
@@ -93,6 +95,15 @@ def _open_folder(path: Path) -> Imported:
     else:
         hint = f"give {ACCEPTED}"
     raise CheckpointError(f"checkpoint {path}: no checkpoint in it; {hint}")
+
+
+def tokenizer_hint(imported: Imported) -> str:
+    """Which tokenizer a model without one may have had, by its vocabulary."""
+    ids = imported.model.config.vocab_size
+    if 50257 <= ids <= 50257 + most_padding(50257):
+        return "gpt2"
+    note = ", of single characters? nanoGPT keeps these in meta.pkl, which groundup does not read" if ids < 256 else ""
+    return f"FILE, a tokenizer.json with its {ids:,} ids{note}"
 
 
 def say_report(imported: Imported, say: Say) -> None:
