@@ -325,8 +325,6 @@ def _generate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], 
         if not options.prompt and not options.prompt_file and not own["json"] and sys.stdin is not None and sys.stdin.isatty():
             converse(path, settings, shown.say, stream)
             return {}, ""
-        if not options.prompt and not options.prompt_file:
-            shown.say("no prompt: this starts a new document (standard input is read by --prompt-file -)")
         result = generate(path, settings, shown.say, stream, logprobs=own["json"])
         shown.say(f"({sum(len(c['token_ids']) for c in result['completions'])} tokens, {result['tokens_per_second']} tok/s)")
     return result, ""

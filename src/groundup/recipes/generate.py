@@ -55,8 +55,11 @@ def generate(path: Path, settings: Settings, say: Say, stream: Say, *, logprobs:
         What ``generate --json`` prints: completions (see ``Completion``), tokens_per_second, checkpoint.
     """
     options = settings[GenerationOptions]
-    prompts = given_texts(options.prompt, options.prompt_file, "prompt_file") or [""]
+    prompts = given_texts(options.prompt, options.prompt_file, "prompt_file")
     loaded = load_for_generation(path, settings, say)
+    if not prompts:
+        say("no prompt: this starts a new document (standard input is read by --prompt-file -)")
+        prompts = [""]
     started = time.perf_counter()
     completions = complete(loaded, prompts, options, say, stream, logprobs=logprobs)
     seconds = time.perf_counter() - started

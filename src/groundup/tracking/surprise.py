@@ -2,10 +2,10 @@
 
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Bits, and how text up to so surprising is shown: from expected to unheard of. Readable on light and on dark, and the
 # strongest differ by more than their colour.
@@ -18,7 +18,7 @@ SCALE = (
 )
 
 
-def show_surprise(text: Mapping[str, Any], console: Console | None = None) -> None:
+def show_surprise(text: Mapping[str, Any], console: "Console | None" = None) -> None:
     """
     Print one text of ``score``'s result, token by token, and its summary.
 
@@ -26,6 +26,9 @@ def show_surprise(text: Mapping[str, Any], console: Console | None = None) -> No
         console: where to; standard output by default. Where it is no terminal, one line a token, separated by tabs: bits,
             rank, token.
     """
+    from rich.console import Console  # late: rich draws random numbers when it is imported
+    from rich.text import Text
+
     console = console or Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     summary = (
         f"{len(text['tokens']):,} tokens: loss {text['loss']:.4f}, perplexity {text['perplexity']:,.2f}, "
