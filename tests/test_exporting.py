@@ -21,6 +21,7 @@ from groundup.interop.imported import build_model
 from groundup.interop.openai import read_openai
 from groundup.model.gpt2 import GPT2, GPT2Config
 from groundup.recipes import exporting
+from groundup.runtime import files
 from groundup.tokenizer.tokenizer import Tokenizer, byte_tokenizer
 from tests.test_cli_errors import left, refused
 from tests.test_importing import BPE, CONFIG, TEXTS, Call, called, hugging_face_folder, train_small, weights_of
@@ -355,7 +356,7 @@ def test_an_export_that_fails_at_its_end_leaves_nothing(call, wide, tmp_path, mo
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "rename_durably", fail)
+        patch.setattr(files, "_give_name", fail)
         done = call("export", wide, tmp_path / "out", "--format", form)
     assert done.code == code, done.err
     assert len(done.error_lines) == 1
@@ -364,10 +365,47 @@ def test_an_export_that_fails_at_its_end_leaves_nothing(call, wide, tmp_path, mo
 
 
 def test_what_a_killed_export_left_is_swept_up_by_the_next(call, wide, tmp_path):
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "model.safetensors").write_text("half")
-    assert call("export", wide, tmp_path / "out", "--format", "gguf").code == 0
+    for name in (".out.abc.partial", ".out.mine.partial", ".out.busy.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+        if name != ".out.mine.partial":
+            (tmp_path / name / files.STAGING_LOCK).touch()
+    with files.exclusive(tmp_path / ".out.busy.partial" / files.STAGING_LOCK, "test"):
+        assert call("export", wide, tmp_path / "out", "--format", "gguf").code == 0
+    left(tmp_path, "wide", "out", ".out.mine.partial", ".out.busy.partial")
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_what_comes_to_the_place_meanwhile_is_not_replaced(call, wide, tmp_path, monkeypatch, form):
+    place, give_name = tmp_path / "out", files._give_name
+
+    def late(staged: Path, target: Path) -> None:
+        if form == "hf":
+            place.mkdir()
+            (place / "thesis.txt").write_text("precious")
+        else:
+            place.write_text("precious")
+        give_name(staged, target)
+
+    monkeypatch.setattr(files, "_give_name", late)
+    refused(call("export", wide, place, "--format", form), 2, place, "meanwhile")
+    assert (place / "thesis.txt" if form == "hf" else place).read_text() == "precious"
     left(tmp_path, "wide", "out")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "dangling link", "device"])
+def test_only_a_file_or_a_folder_takes_a_name(call, wide, tmp_path, kind):
+    """A link to nothing is followed, a pipe or a device is never replaced."""
+    place = tmp_path / "out"
+    if kind == "dangling link":
+        place.symlink_to(tmp_path / "real")
+        assert call("export", wide, place, "--format", "gguf").code == 0
+        assert place.is_symlink()
+        assert (tmp_path / "real").is_file()
+        return
+    os.mkfifo(place) if kind == "pipe" else place.symlink_to("/dev/null")
+    refused(call("export", wide, place, "--format", "gguf"), 2, "exists already")
+    assert not place.is_file()
 
 
 def test_a_gguf_file_that_cannot_be_finished_is_no_internal_error(call, wide, tmp_path, monkeypatch):

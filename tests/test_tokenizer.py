@@ -332,7 +332,7 @@ def test_a_tokenizer_without_end_of_text_is_refused_until_its_own_is_named(tmp_p
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
         assert load_tokenizer(tmp_path).end_of_text == "</s>"
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config.json: is not JSON"):
+    with pytest.raises(DataError, match=r"tokenizer_config.json: cannot be read"):
         load_tokenizer(tmp_path)
 
 

@@ -35,33 +35,19 @@ class NotDamagedError(CheckpointError):
 
 
 def commit(run: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Make RUN/checkpoint-``step``; see ``commit_as``."""
-    return commit_as(run / f"checkpoint-{step}", step, write)
-
-
-def commit_as(target: Path, step: int, write: Callable[[Path], None]) -> Path:
     """
-    Make a checkpoint directory from the files that ``write`` puts into the directory it is given; replaces an old one.
+    Make RUN/checkpoint-``step`` from the files that ``write`` puts into the directory it is given.
 
     Raises:
-        ResourceError: the disk is full; nothing of the checkpoint is left, what was there before is untouched.
+        ResourceError: the disk is full; nothing of the checkpoint is left, older ones are untouched.
     """
-    target = target.absolute()  # "." has no name
-    staging = target.with_name(f".{target.name}.partial")
-    with explained_os_errors(target.parent, f"checkpoint {target.name}"):
+    target = run / f"checkpoint-{step}"
+    staging = run / f".checkpoint-{step}.partial"
+    with explained_os_errors(run, f"checkpoint {step}"):
         try:
             shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            write(staging)
-            files = {}
-            for path in sorted(staging.iterdir()):
-                # safetensors writes files that only their owner may read; the folder has the user's own mode.
-                path.chmod(staging.stat().st_mode & 0o666)
-                sync_file(path)
-                files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-            write_durably(staging / MANIFEST, _manifest_bytes(step, files))
-            sync_directory(staging)
-            replaced = target.with_name(f".replaced-{target.name}")
+            fill(staging, step, write)
+            replaced = run / f".replaced-{target.name}"
             if target.exists():
                 target.rename(replaced)
             rename_durably(staging, target)
@@ -70,6 +56,20 @@ def commit_as(target: Path, step: int, write: Callable[[Path], None]) -> Path:
             shutil.rmtree(staging, ignore_errors=True)
             raise
     return target
+
+
+def fill(directory: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Make a directory, have ``write`` fill it, and seal it: every file on the disk, and its hash in the manifest."""
+    directory.mkdir()
+    write(directory)
+    files = {}
+    for path in sorted(directory.iterdir()):
+        # safetensors writes files that only their owner may read; the folder has the user's own mode.
+        path.chmod(directory.stat().st_mode & 0o666)
+        sync_file(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+    write_durably(directory / MANIFEST, _manifest_bytes(step, files))
+    sync_directory(directory)
 
 
 def verify(checkpoint: Path) -> None:
@@ -98,10 +98,15 @@ def _verify(checkpoint: Path) -> None:
                 f"checkpoint {checkpoint}: format version {manifest['version']}, this groundup reads {VERSION}"
             )
         whole = content == _manifest_bytes(manifest["step"], files)
+        if not all(
+            isinstance(name, str) and type(facts["bytes"]) is int and isinstance(facts["sha256"], str)
+            for name, facts in files.items()
+        ):
+            raise ValueError("files")
         own_name = not NAME.fullmatch(checkpoint.name) or step_of(checkpoint) == manifest["step"]
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {checkpoint}: has no {MANIFEST}, so it is not whole") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path}: damaged ({type(error).__name__})") from None
     if not whole:
         raise CheckpointError(f"checkpoint {path}: damaged: its content does not match its own sha256")

@@ -5,6 +5,7 @@ Progress and errors go to standard error; standard output holds the result, with
 """
 
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -31,8 +32,11 @@ from groundup.config.options import (
 )
 from groundup.config.presets import PRESET_OPTIONS
 from groundup.errors import ConfigError, GroundupError
+from groundup.tracking.surprise import harmless
 
 ALL_NAMES = {declaration.name for groups in COMMANDS.values() for group in groups for declaration in fields(group)}
+LONGEST_LINE = 2000
+"""Characters of an error: it may quote what a file says."""
 Run = Callable[[dict[str, Any], Settings], tuple[dict[str, Any], str]]
 
 EXIT_CODES = """\b
@@ -42,6 +46,9 @@ memory, 75 stopped by a signal with a checkpoint saved (the same command goes on
 
 def main() -> None:
     """The ``groundup`` command."""
+    # A closed stream must not make what belongs there go elsewhere.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -66,7 +73,7 @@ def run(arguments: list[str]) -> int:
 
 def _explain(error: Exception) -> int:
     """Print an error for a person; returns the exit code."""
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError | _ReaderGoneError):
         # The reader of standard output has gone (`| head`); Python must not complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -82,16 +89,24 @@ def _explain(error: Exception) -> int:
     elif isinstance(error, click.ClickException):
         command = getattr(getattr(error, "ctx", None), "command_path", "groundup")
         lines, code = [f"{' '.join(error.format_message().split())} ({command} --help lists the options)"], 2
+    elif isinstance(error, MemoryError):
+        lines, code = ["out of memory: give smaller input, or a machine with more"], 6
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        lines, code = [f"no space left for the output ({error.strerror}); free some"], 6
     else:
         lines, code = [f"internal error: {type(error).__name__}: {error} (run again with --debug for the traceback)"], 1
     for line in lines:
-        print(f"groundup: {line}", file=sys.stderr)
+        print(f"groundup: {harmless(line[:LONGEST_LINE])}", file=sys.stderr)
     return code
 
 
 def _json(result: dict[str, Any]) -> str:
     """One line of JSON, in ASCII whatever the terminal speaks; numbers that are not finite become null."""
     return json.dumps(json.loads(json.dumps(result), parse_constant=lambda constant: None), allow_nan=False)
+
+
+class _ReaderGoneError(Exception):
+    """The reader of standard output has gone; click would take the system's own error for itself."""
 
 
 class _Command(click.Command):
@@ -163,9 +178,12 @@ def _verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.
             layers |= {
                 key: Given(value, f"--{key.replace('_', '-')}") for key, value in given.items() if value not in (None, ())
             }
-            result, text = run({**own, "json": json_output}, resolve(groups, layers))
-            if json_output or text:
-                print(_json(result) if json_output else text, flush=True)
+            try:
+                result, text = run({**own, "json": json_output}, resolve(groups, layers))
+                if json_output or text:
+                    print(_json(result) if json_output else text, flush=True)
+            except BrokenPipeError:
+                raise _ReaderGoneError from None
 
         parameters: list[click.Parameter] = [*arguments]
         for group in groups:
@@ -221,7 +239,7 @@ def _prepare(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], s
     [_SOURCES, _output_dir()],
 )
 def _train(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise ConfigError(
             f"WORLD_SIZE: {os.environ['WORLD_SIZE']} (from the environment): this version trains in one process; start it "
             "without torchrun"
@@ -311,7 +329,6 @@ def _generate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], 
     from groundup.recipes.converse import converse
     from groundup.recipes.generate import generate
     from groundup.tracking.progress import progress
-    from groundup.tracking.surprise import harmless
 
     terminal = sys.stdout is not None and sys.stdout.isatty()
 

@@ -96,7 +96,7 @@ def read_config_file(path: Path) -> dict[str, Given]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config file {path}: not found; give the path of a TOML file to --config") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # TOMLDecodeError, and integers of 5,000 digits
         raise ConfigError(f"config file {path}: cannot be read as TOML: {error}") from None
     found: dict[str, Given] = {}
     for key, value in document.items():

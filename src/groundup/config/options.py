@@ -334,7 +334,10 @@ class GenerationOptions:
     )
     num_beams: int = option(1, "Beam search with so many beams instead of sampling; 1 is off.", unit="beams", at_least=1)
     length_penalty: float = option(
-        1.0, "Beams: divide the summed log-probability by length to this power; above 0 favours longer text."
+        1.0,
+        "Beams: divide the summed log-probability by length to this power; above 0 favours longer text.",
+        at_least=-10,
+        at_most=10,
     )
     early_stopping: str = option(
         "false",
@@ -343,7 +346,7 @@ class GenerationOptions:
         why="Hugging Face's False and True as words, because never is one",
     )
     num_return_sequences: int = option(
-        1, "Completions of each prompt; with beams the best ones, at most num_beams.", at_least=1
+        1, "Completions of each prompt; with beams the best ones, at most num_beams.", at_least=1, at_most=100_000
     )
     stop_strings: tuple[str, ...] = option(
         (), "End the text before this string (repeatable).", why="Hugging Face leaves it in the text; servers do not"

@@ -147,6 +147,8 @@ def _walk_folder(root: Path, report: SourceReport) -> Iterator[Path]:
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run of groundup's: its config.toml says so."""
     try:
+        if not (folder / "config.toml").is_file():
+            return False  # a pipe would never answer
         with (folder / "config.toml").open(encoding="utf-8", errors="replace") as file:
             return file.readline().startswith(RUN_HEADER)
     except OSError:

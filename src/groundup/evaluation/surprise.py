@@ -1,10 +1,12 @@
 """How surprised a model is by each token of a text."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from groundup.errors import DivergedError
 from groundup.model.gpt2 import GPT2
 
 ROWS = 128
@@ -37,6 +39,9 @@ def token_surprise(
     Args:
         context: at least one token id, itself not scored.
         usable_ids: probabilities are among the ids below this: a padded vocabulary has ids without a token.
+
+    Raises:
+        DivergedError: the model's scores are not finite.
     """
     model.eval()
     length = model.config.n_positions
@@ -60,6 +65,8 @@ def token_surprise(
 
 def _surprises(logits: torch.Tensor, tokens: list[int], top_logprobs: int) -> list[Surprise]:
     """Surprises of N tokens from the logits (N, V) of their places."""
+    if not math.isfinite(logits.sum()):
+        raise DivergedError("the model's scores are not finite, so its training diverged; use an earlier checkpoint")
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])  # (N, 1)
     ranks = (logprobs > own).sum(1).tolist()

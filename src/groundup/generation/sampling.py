@@ -84,7 +84,7 @@ def keep_top_p(scores: Tensor, p: float) -> Tensor:
 
     Source: Holtzman et al. 2020, section 3.1 (nucleus sampling).
     """
-    ordered, indices = scores.sort(stable=True)  # which of several equal ones stays is the same everywhere
+    ordered, indices = scores.sort()
     # The unlikely end goes as long as it holds at most 1 - p in all.
     removed = ordered.softmax(-1).cumsum(-1) <= 1 - p
     removed[-1] = False

@@ -55,10 +55,9 @@ class TextStream:
 
     def _possible_beginning(self) -> int:
         """How many characters at the end of the held text may begin a stop string."""
-        return max(
-            (n for stop in self._stop_strings for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
-            default=0,
-        )  # fmt: skip
+        held = self._held
+        beginnings = ((stop, n) for stop in self._stop_strings for n in range(1, min(len(stop), len(held) + 1)))
+        return max((n for stop, n in beginnings if held.endswith(stop[:n])), default=0)
 
     def _give(self, piece: str) -> str:
         self.text += piece

@@ -6,7 +6,6 @@ still has that very file (RFC 9110, section 13.1.5, If-Range), and gets its name
 """
 
 import base64
-import binascii
 import contextlib
 import hashlib
 import http.client
@@ -97,7 +96,7 @@ def download_openai(
     if size not in SIZES:
         raise ConfigError(f"import: OpenAI released no GPT-2 of size {size!r}; choose one of {', '.join(SIZES)}")
     for mirror in mirrors:
-        if urlsplit(mirror).scheme not in ("http", "https"):
+        if not _is_http(mirror):
             raise ConfigError(f"import: mirror {mirror!r} is no http or https address")
     make_directory(directory, "XDG_CACHE_HOME")
     if all((directory / name).exists() for name in RELEASE_FILES):
@@ -111,6 +110,13 @@ def download_openai(
                 _check_known(directory / name)
             else:
                 _fetch(name, directory, candidates, progress)
+
+
+def _is_http(address: str) -> bool:
+    try:
+        return urlsplit(address).scheme in ("http", "https")
+    except ValueError:
+        return False
 
 
 def _check_known(path: Path) -> None:
@@ -257,7 +263,7 @@ def _check_content(part: Path, name: str, promise: _Promise) -> None:
         with part.open("rb") as file:
             while block := file.read(HASH_BLOCK_BYTES):
                 digest.update(block)
-        with contextlib.suppress(binascii.Error):  # a server that means something else by it has told us nothing
+        with contextlib.suppress(ValueError):  # a server that means something else by it has told us nothing
             if digest.digest() != base64.b64decode(promise.md5, validate=True):
                 raise _Failed("what arrived does not have the MD5 that the server gave")
     expected = KNOWN_SHA256.get(name)

@@ -9,6 +9,7 @@ tensors and keys of a GPT-2).
 """
 
 import mmap
+import re
 import struct
 from dataclasses import dataclass, replace
 from math import prod
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from groundup.errors import CheckpointError, ConfigError, DataError
 from groundup.interop.gguf_tokenizer import add_tokenizer, tokenizer_of
+from groundup.interop.huggingface import checked_weight
 from groundup.interop.imported import Imported, build_model, fit_vocabulary
 from groundup.interop.pickled import shown
 from groundup.model.gpt2 import GPT2, GPT2Config
@@ -237,8 +239,13 @@ def _tensors_of(gguf: Any, content: "_Content", n_layer: int) -> tuple[dict[str,
         values = gguf.quants.dequantize(raw, kind).reshape(stored.shape)
         if kind.name not in ("F32", "F16", "BF16"):
             values = values + 0.0  # a scale of 0 times -3 is -0.0, which no block can say
-        tensors[ours[theirs]] = torch.from_numpy(np.array(values, dtype=np.float32))
-    return tensors, tuple(shown(name) for name in sorted(content.tensors.keys() - ours.keys()))
+        tensors[ours[theirs]] = checked_weight(theirs, torch.from_numpy(np.array(values, dtype=np.float32)), "GGUF file")
+    left = sorted(content.tensors.keys() - ours.keys())
+    if inside := [shown(name) for name in left if re.match(r"blk\.\d", name)]:
+        raise ValueError(
+            f"{len(inside)} tensors of the model have no place in it, so it is another one: {', '.join(inside[:10])}"
+        )
+    return tensors, tuple(shown(name) for name in left)
 
 
 # The file's header

@@ -157,11 +157,10 @@ def checked_weight(name: str, tensor: Tensor, origin: str) -> Tensor:
     Raises:
         CheckpointError: not plain floating-point numbers, or not all finite.
     """
-    # A view that repeats one stored number (stride 0) would let a small file ask for all memory.
-    repeats = tensor.layout == torch.strided and any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point() or repeats:
+    # A view that repeats stored numbers would let a small file ask for all memory.
+    plain = tensor.layout == torch.strided and not tensor.is_nested
+    repeats = plain and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+    if not plain or tensor.device.type != "cpu" or not tensor.is_floating_point() or repeats:
         raise CheckpointError(
             f"checkpoint {origin}: {name} is {tensor.dtype} ({tensor.layout}), not plain floating-point weights; give a file "
             "that is not quantized"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from groundup.errors import CheckpointError, DataError
+from groundup.interop.huggingface import checked_weight
 from groundup.interop.imported import Imported, build_model, fit_vocabulary
 from groundup.interop.tensor_bundle import DTYPES, Bundle, read_bundle, write_bundle
 from groundup.model.gpt2 import GPT2, GPT2Config
@@ -31,6 +32,8 @@ TEXT_MAX_BYTES = 2**20  # of checkpoint and hparams.json; OpenAI's have less tha
 LAYER_NORM_EPSILON = 1e-5  # model.py, norm
 NAMED_AT_MOST = 10
 
+# What the optimizer adds has one more part: model/h0/attn/c_attn/w/Adam.
+OF_THE_MODEL = re.compile(r"model/(wte|wpe|ln_f/[gb]|h\d+/(ln_[12]/[gb]|(attn|mlp)/c_(attn|proj|fc)/[wb]))")
 # model_checkpoint_path: "…" with backslash escapes, as TensorFlow's text format writes it.
 CHECKPOINT_PATH = re.compile(r'^[ \t]*model_checkpoint_path[ \t]*:[ \t]*"((?:[^"\\\n]|\\.)*)"[ \t]*$', re.MULTILINE)
 
@@ -50,13 +53,21 @@ def read_openai(directory: Path) -> Imported:
     names = _names_in(bundle, config)
     _check_shapes(bundle, names, config)
     tokenizer = _read_tokenizer(directory)  # before the weights: what is wrong with it should not take minutes to hear
-    tensors = {ours: _from_convolution(bundle[theirs]) for ours, theirs in names.items()}
+    unexpected = sorted(bundle.keys() - set(names.values()))
+    if inside := [name for name in unexpected if OF_THE_MODEL.fullmatch(name)]:
+        raise CheckpointError(
+            f"checkpoint {directory}: hparams.json has no place for {len(inside)} tensors of the model (first: {inside[0]}); "
+            "it is another model than hparams.json describes"
+        )
+    tensors = {
+        ours: checked_weight(theirs, _from_convolution(bundle[theirs]), str(directory)) for ours, theirs in names.items()
+    }
     config, tensors, reshaped = fit_vocabulary(config, tensors, tokenizer, f"checkpoint {directory}")
     return Imported(
         model=build_model(config, tensors, str(directory)),
         tokenizer=tokenizer,
         format="OpenAI checkpoint",
-        unexpected=tuple(sorted(bundle.keys() - set(names.values()))),
+        unexpected=tuple(unexpected),
         reshaped=reshaped,
     )
 

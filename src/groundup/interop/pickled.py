@@ -9,6 +9,7 @@ imported either.
 
 import pickle
 import re
+import reprlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,7 +60,8 @@ class Settings:
 
 def shown(thing: object) -> str:
     """Something from a file for a message: short, on one line, and without control characters for the terminal."""
-    text = str(thing)
+    # Only so much of something nested or long is spelled out.
+    text = thing if isinstance(thing, str) else reprlib.repr(thing)
     return text[:100] if text.isprintable() else ascii(text)[:100]
 
 

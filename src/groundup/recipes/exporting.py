@@ -1,9 +1,7 @@
 """groundup export: a model of ours for other people's programs, checked by reading it back."""
 
 import os
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ from groundup.interop.model_card import card_of_checkpoint
 from groundup.interop.openai import read_openai, write_openai
 from groundup.model.flops import parameter_count
 from groundup.model.gpt2 import GPT2
-from groundup.recipes.importing import require_free
+from groundup.recipes.importing import require_new
 from groundup.recipes.loading import Loaded, load_checkpoint
 from groundup.runtime.device import explained_memory_errors
-from groundup.runtime.files import explained_os_errors, make_directory, rename_durably, sync_directory, sync_file
+from groundup.runtime.files import new_place, sync_file
 
 Say = Callable[[str], None]
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -47,47 +45,23 @@ def export(path: Path, target: Path, settings: Settings, say: Say) -> dict[str, 
         raise ConfigError(f"dtype: {options.dtype} is for gguf only; hf takes {', '.join(DTYPES)}")
     if options.format == "hf" and target.suffix == ".gguf":
         raise ConfigError(f"format: hf makes a folder, and {target} is the name of a GGUF file; add --format gguf")
-    require_free(target)
+    require_new(target)
     loaded = load_checkpoint(path, say)
-    place = target.resolve()  # a link stays one
-    staging = place.with_name(f".{place.name}.partial")
-    with explained_os_errors(target, "export"), explained_memory_errors():
-        make_directory(staging.parent, "PATH")
-        _remove(staging)
-        try:
-            if options.format == "gguf":
-                if options.dtype == "q8_0" and loaded.model.config.n_embd % 32:
-                    say("q8_0 takes rows of a multiple of 32 weights: the other matrices are f16")
-                write_gguf(loaded.model, loaded.tokenizer, staging, options.dtype, target.stem)
-                written = [staging]
-            else:
-                staging.mkdir()
-                _write_folder(loaded, staging, options.format, options.dtype)
-                written = sorted(staging.iterdir())
-            difference = largest_logit_difference(loaded.model, _read_back(staging, options.format), seed=0)
-            checked_by = ["groundup"]
-            if options.format == "hf" and (theirs := _difference_in_transformers(loaded.model, staging)) is not None:
-                difference = max(difference, theirs)
-                checked_by.append("transformers")
-            inexact = options.format == "gguf" and loaded.model.config.activation_function == "gelu"
-            if inexact:
-                say("llama.cpp computes GELU in its tanh form, this model the exact one: its text may differ a little")
-            if not difference <= max(SUSPICIOUS[options.dtype], 0.1 * inexact) * _spread(loaded.model):
-                raise CheckpointError(
-                    f"export: {target} does not read back as the same model (a logit differs by {difference:.3g}); nothing was "
-                    "written, please report this"
-                )
-            for file in written:
-                file.chmod(file.stat().st_mode | 0o444 & ~_umask())
-                sync_file(file)
-            size = sum(file.stat().st_size for file in written)
-            if staging.is_dir():
-                sync_directory(staging)
-            with suppress(OSError):
-                place.rmdir()  # an empty folder of that name is what was asked for
-            rename_durably(staging, place)
-        finally:
-            _remove(staging)
+    with explained_memory_errors(), new_place(target, "export") as staged:
+        if options.format == "gguf":
+            if options.dtype == "q8_0" and loaded.model.config.n_embd % 32:
+                say("q8_0 takes rows of a multiple of 32 weights: the other matrices are f16")
+            write_gguf(loaded.model, loaded.tokenizer, staged, options.dtype, target.stem)
+            written = [staged]
+        else:
+            staged.mkdir()
+            _write_folder(loaded, staged, options.format, options.dtype)
+            written = sorted(staged.iterdir())
+        difference, checked_by = _checked(loaded.model, staged, target, options, say)
+        for file in written:
+            file.chmod(0o666 & ~_umask())
+            sync_file(file)
+        size = sum(file.stat().st_size for file in written)
     say(f"read back by {' and '.join(checked_by)}: the largest difference of a logit is {difference:.2g}")
     return {
         "format": options.format,
@@ -112,6 +86,28 @@ def _write_folder(loaded: Loaded, directory: Path, form: str, dtype: str) -> Non
     save_model(loaded.model, directory, loaded.tokenizer.end_of_text_id, DTYPES[dtype])
     loaded.tokenizer.save(directory)
     (directory / "README.md").write_bytes(card_of_checkpoint(loaded.checkpoint).encode())
+
+
+def _checked(model: GPT2, staged: Path, target: Path, options: ExportOptions, say: Say) -> tuple[float, list[str]]:
+    """
+    How far the logits of what was written are from the model's, and who read it.
+
+    Raises:
+        CheckpointError: farther than the rounding of its type explains.
+    """
+    difference, checked_by = largest_logit_difference(model, _read_back(staged, options.format), seed=0), ["groundup"]
+    if options.format == "hf" and (theirs := _difference_in_transformers(model, staged)) is not None:
+        difference = max(difference, theirs)
+        checked_by.append("transformers")
+    inexact = options.format == "gguf" and model.config.activation_function == "gelu"
+    if inexact:
+        say("llama.cpp computes GELU in its tanh form, this model the exact one: its text may differ a little")
+    if not difference <= max(SUSPICIOUS[options.dtype], 0.1 * inexact) * _spread(model):
+        raise CheckpointError(
+            f"export: {target} does not read back as the same model (a logit differs by {difference:.3g}); nothing was "
+            "written, please report this"
+        )
+    return difference, checked_by
 
 
 def _read_back(path: Path, form: str) -> GPT2:
@@ -145,13 +141,6 @@ def _difference_in_transformers(model: GPT2, folder: Path) -> float | None:
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return float((theirs(ids).logits - model.logits(model(ids))).abs().max())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

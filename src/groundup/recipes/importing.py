@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from groundup.checkpoint.commit import commit_as, step_of
+from groundup.checkpoint.commit import fill, step_of
 from groundup.config.load import Settings
 from groundup.config.options import ImportOptions
+from groundup.data.sources import is_run
 from groundup.errors import ConfigError
 from groundup.interop.huggingface import save_model
 from groundup.interop.imported import fitted
@@ -15,7 +16,7 @@ from groundup.recipes.loading import is_ours
 from groundup.recipes.prepare import tokenizer_named
 from groundup.recipes.weights import open_weights, say_report, tokenizer_hint
 from groundup.runtime.device import explained_memory_errors
-from groundup.runtime.files import explained_os_errors, make_directory
+from groundup.runtime.files import new_place, require_free
 
 Say = Callable[[str], None]
 
@@ -32,7 +33,7 @@ def import_model(source: str, target: Path, settings: Settings, say: Say) -> dic
         CheckpointError: the source cannot be used.
     """
     options = settings[ImportOptions]
-    require_free(target)
+    require_new(target)
     if is_ours(Path(source)):
         raise ConfigError(f"import: {source} is groundup's own already; every command opens it as it is")
     # Named, or not, before gigabytes are read.
@@ -61,11 +62,9 @@ def import_model(source: str, target: Path, settings: Settings, say: Say) -> dic
     say_report(imported, say)
     if not imported.model.config.tie_word_embeddings:
         say("head: a matrix of its own, not the token embedding")
-    with explained_os_errors(target, "import"):
-        place = target.resolve()  # a link stays one
-        make_directory(place.parent, "FOLDER")
+    with new_place(target, "import") as staged:
         # What a folder's name says of its step is held against its manifest.
-        commit_as(place, step_of(place), write)
+        fill(staged, step_of(target), write)
     config = imported.model.config
     return {
         "format": imported.format,
@@ -79,16 +78,14 @@ def import_model(source: str, target: Path, settings: Settings, say: Say) -> dic
     }
 
 
-def require_free(target: Path) -> None:
+def require_new(target: Path) -> None:
     """
-    Refuse a place where something is.
+    Refuse a place where something is, before minutes are spent; it is asked again when the result is there.
 
     Raises:
-        ConfigError: a file, or a folder that is not empty.
+        ConfigError: a file, a folder that is not empty, or the inside of a run.
     """
-    try:
-        taken = target.is_file() or (target.is_dir() and any(target.iterdir()))
-    except OSError as error:
-        raise ConfigError(f"{target}: cannot be written ({error.strerror}); choose another place") from None
-    if taken:
-        raise ConfigError(f"{target}: exists already; choose another place, or delete it first")
+    place = target.resolve()
+    if is_run(place.parent):
+        raise ConfigError(f"{target}: is inside the run {place.parent}, which would take it for its own; choose another place")
+    require_free(place)

@@ -3,7 +3,8 @@
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from groundup.errors import CheckpointError, ConfigError
@@ -36,14 +37,39 @@ def open_weights(source: str, say: Say, *, n_head: int = 0, mirrors: Sequence[st
         CheckpointError: nothing there that is known, or damaged, or another kind of model.
         ConfigError: ``n_head`` is not what the files say.
     """
+    with _explained(source):
+        imported = _open(source, say, n_head, mirrors)
+    if n_head and imported.model.config.n_head != n_head:
+        raise ConfigError(f"n_head: {n_head} is not the {imported.model.config.n_head} that {source} says; leave --n-head out")
+    return imported
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """
+    Turn what libraries and we ourselves stumble over in a crafted file into our error; ``--debug`` shows where.
+
+    Raises:
+        CheckpointError: the files cannot be read.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+            raise  # memory, not the file
+        words = shown(f"{type(error).__name__}: {error}")
+        raise CheckpointError(
+            f"checkpoint {source}: cannot be read ({words}); it is damaged, or no GPT-2; get it again"
+        ) from error
+
+
+def _open(source: str, say: Say, n_head: int, mirrors: Sequence[str]) -> Imported:
     if source.startswith(OPENAI):
         imported = _openai(source.removeprefix(OPENAI), mirrors)
     elif source.startswith(HUB):
         imported = read_hugging_face(_from_hub(source.removeprefix(HUB), say))
     else:
         imported = _open_path(Path(source), n_head)
-    if n_head and imported.model.config.n_head != n_head:
-        raise ConfigError(f"n_head: {n_head} is not the {imported.model.config.n_head} that {source} says; leave --n-head out")
     return imported
 
 
@@ -75,8 +101,11 @@ def _open_path(path: Path, n_head: int) -> Imported:
 def _open_folder(path: Path) -> Imported:
     try:
         names = sorted(entry.name for entry in path.iterdir())
+        odd = [name for name in names if _is_odd(path / name)]
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error.strerror}); make it readable") from None
+    if odd:
+        raise CheckpointError(f"checkpoint {path / odd[0]}: is neither a file nor a folder; remove it")
     # Half of a download too, so that what is said is what is missing of it.
     if {"hparams.json", "checkpoint", "model.ckpt.index"} & set(names):
         from groundup.interop.openai import read_openai
@@ -95,6 +124,15 @@ def _open_folder(path: Path) -> Imported:
     else:
         hint = f"give {ACCEPTED}"
     raise CheckpointError(f"checkpoint {path}: no checkpoint in it; {hint}")
+
+
+def _is_odd(path: Path) -> bool:
+    """Whether it is a pipe, a socket or a device, which would never end; a link is what it leads to."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False  # a link to nothing
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def tokenizer_hint(imported: Imported) -> str:

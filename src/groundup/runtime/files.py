@@ -2,13 +2,15 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 from safetensors import SafetensorError
@@ -16,6 +18,7 @@ from safetensors import SafetensorError
 from groundup.errors import ConfigError, ResourceError
 
 HASH_BLOCK_BYTES = 2**20
+STAGING, STAGING_LOCK = ".partial", ".groundup-staging"
 
 
 def sha256_of_file(path: Path) -> str:
@@ -129,9 +132,7 @@ def make_directory(path: Path, option: str = "--output-dir") -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"{option}: cannot make {path} ({error.strerror}); choose a folder that you may write with {option}"
-        ) from error
+        raise ConfigError(f"{option}: cannot make {path} ({error.strerror}); choose a folder that you may write") from error
 
 
 def existing_parent(path: Path) -> Path:
@@ -165,3 +166,72 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def new_place(target: Path, what: str) -> Iterator[Path]:
+    """
+    A path to write a file or a folder to, which becomes ``target`` when the block ends well; nothing is ever replaced.
+
+    What killed processes left beside the target is removed; what others are writing is left alone.
+
+    Raises:
+        ConfigError: something is there, before or after; or the place cannot be written.
+        ResourceError: the disk is full.
+    """
+    place = target.resolve()  # a link to a folder stays one
+    with explained_os_errors(target, what):
+        require_free(place)
+        make_directory(place.parent, what)
+        for left in place.parent.glob(f".{glob.escape(place.name)}.*{STAGING}"):
+            _remove_abandoned(left)
+        with (
+            TemporaryDirectory(prefix=f".{place.name[:200]}.", suffix=STAGING, dir=place.parent) as folder,
+            exclusive(Path(folder) / STAGING_LOCK, what),
+        ):
+            yield (staged := Path(folder) / "new")
+            _give_name(staged, place)
+
+
+def require_free(place: Path) -> None:
+    """
+    Refuse a place where something is.
+
+    Raises:
+        ConfigError: anything but an empty folder is there.
+    """
+    try:
+        taken = os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir()))
+    except OSError as error:
+        raise ConfigError(f"{place}: cannot be written ({error.strerror}); choose another place") from None
+    if taken:
+        raise ConfigError(f"{place}: exists already; choose another place, or delete it first")
+
+
+def _give_name(staged: Path, place: Path) -> None:
+    """Rename, unless something has come there meanwhile: no rename replaces a folder that is not empty, no link a file."""
+    try:
+        if staged.is_dir():
+            sync_directory(staged)
+            os.rename(staged, place)
+        else:
+            if place.is_dir():
+                place.rmdir()  # an empty folder of that name is what was asked for
+            os.link(staged, place)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise ConfigError(f"{place}: something else came there meanwhile; choose another place") from None
+        if staged.is_dir() or error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        require_free(place)  # a file system without hard links
+        os.rename(staged, place)
+    sync_directory(place.parent)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete a staging folder of ours that no living process holds."""
+    lock = folder / STAGING_LOCK
+    if folder.is_symlink() or not lock.is_file():
+        return
+    with suppress(ConfigError, OSError), exclusive(lock, ""):
+        shutil.rmtree(folder)

@@ -18,6 +18,7 @@ import tiktoken
 import tokenizers
 
 from groundup.errors import DataError
+from groundup.tokenizer.pieces import PIECE_CHARACTERS, pieces
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -62,9 +63,12 @@ class Tokenizer:
         self.json = tokenizer_json
         self.end_of_text = end_of_text
         try:
-            self._slow = tokenizers.Tokenizer.from_str(tokenizer_json)
             self._spec: dict[str, Any] = json.loads(tokenizer_json)
-        except Exception as error:  # the library raises bare Exception
+            _require_harmless(self._spec)
+            self._slow = tokenizers.Tokenizer.from_str(tokenizer_json)
+        except BaseException as error:  # the library raises bare Exception, and panics that are not even that
+            if not _is_refusal(error):
+                raise
             raise DataError(f"tokenizer {origin}: cannot be read as a tokenizer.json: {error}") from None
         self._slow.encode_special_tokens = True
         self._slow.no_truncation()
@@ -99,10 +103,23 @@ class Tokenizer:
         return pattern, merges, switches, vocabulary, self.end_of_text_id
 
     def encode(self, text: str) -> TokenArray:
-        """Token ids of a text, 1-D uint32, without end-of-text."""
-        if self._fast is not None:
-            return np.asarray(self._fast.encode_ordinary(text), dtype=np.uint32)
-        return np.asarray(self._slow.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        """
+        Token ids of a text, 1-D uint32, without end-of-text.
+
+        Raises:
+            DataError: the library cannot encode it.
+        """
+        # Long runs without a break exhaust the stack of the regex engines.
+        if len(text) > 2 * PIECE_CHARACTERS:
+            return np.concatenate([self.encode(piece) for piece in pieces([text])])
+        try:
+            if self._fast is not None:
+                return np.asarray(self._fast.encode_ordinary(text), dtype=np.uint32)
+            return np.asarray(self._slow.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        except BaseException as error:
+            if not _is_refusal(error):
+                raise
+            raise DataError(f"tokenizer: cannot encode a text of {len(text):,} characters ({type(error).__name__})") from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes of token ids; special tokens have none."""
@@ -244,6 +261,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"tokenizer {file}: is not UTF-8 text: {error}") from None
+        except OSError as error:
+            raise DataError(f"tokenizer {file}: cannot be read ({error.strerror}); make it readable") from None
         return Tokenizer(text, _end_of_text_beside(file), origin=str(file))
     for vocab_name, merges_name in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         vocab, merges = path / vocab_name, path / merges_name
@@ -280,15 +299,28 @@ def byte_tokenizer() -> Tokenizer:
     return from_merges({character: byte for byte, character in enumerate(byte_to_character())}, [])
 
 
+def _is_refusal(error: BaseException) -> bool:
+    """Whether a library could not do it: an exception, or a panic of its Rust code, which is no subclass of Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _require_harmless(spec: dict[str, Any]) -> None:
+    """Refuse what makes the library panic or abort, and no byte-level BPE tokenizer has."""
+    if "Precompiled" in json.dumps(spec.get("normalizer")):
+        raise ValueError("a Precompiled normalizer is not of byte-level BPE")
+    if prefix := spec["model"].get("continuing_subword_prefix"):
+        raise ValueError(f"continuing_subword_prefix {prefix!r} is not of byte-level BPE")
+
+
 def _end_of_text_beside(file: Path) -> str:
     config = file.with_name("tokenizer_config.json")
     if config.is_file():
         try:
             token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        except ValueError as error:
-            raise DataError(f"tokenizer {config}: is not JSON: {error}") from None
-        if isinstance(token, dict):
-            token = token.get("content")
+            token = token.get("content") if isinstance(token, dict) else token
+            str(token).encode()
+        except (ValueError, AttributeError, RecursionError, OSError) as error:
+            raise DataError(f"tokenizer {config}: cannot be read as a tokenizer_config.json: {error}") from None
         if token:
             return str(token)
     return END_OF_TEXT

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from groundup.tracking.surprise import harmless
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
@@ -22,7 +24,7 @@ class Progress:
         """A line that stays."""
         from rich.text import Text
 
-        self._console.print(Text(line), soft_wrap=True)
+        self._console.print(Text(harmless(line)), soft_wrap=True)
 
     def step(self, line: str) -> None:
         """The progress line: replaced in a terminal, one line after the other elsewhere."""
