@@ -28,9 +28,10 @@ format: .venv/installed-dev
 docs: .venv/installed-dev  ## regenerate the option reference
 	$(BIN)/python -m groundup.config.reference > docs/reference/options.md
 
-bench: .venv/installed-dev  ## speed against plain PyTorch and Hugging Face's Trainer, quick version
+bench: .venv/installed-dev  ## speed of training and generation against peers, quick version
 	$(PIP) -e '.[bench]'
 	$(BIN)/python benchmarks/training.py --quick
+	$(BIN)/python benchmarks/generation.py --quick
 
 clean:
 	rm -rf .venv demo

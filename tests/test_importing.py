@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import pickle
 import shutil
 import signal
@@ -524,7 +525,7 @@ run(sys.argv[1:])
 def test_killed_while_it_writes_nothing_has_the_final_name(call, folder, tmp_path, verb):
     died = subprocess.run([sys.executable, "-c", DIES, verb, folder, tmp_path / "out"], capture_output=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    left(tmp_path, "theirs", ".out.partial")
+    assert all(re.fullmatch(r"theirs|\.out\..*\.partial", path.name) for path in tmp_path.iterdir())
     assert call(verb, folder, tmp_path / "out").code == 0
     left(tmp_path, "theirs", "out")
 
