@@ -3,8 +3,8 @@
 import errno
 import json
 import os
-import re
 import pickle
+import re
 import shutil
 import signal
 import subprocess
