@@ -25,7 +25,7 @@ echo
 echo "3. Complete three function headers that stand nowhere in the training text."
 for header in 'def read_settings_file(path, default=None):' 'def count_words_in_line(line):' \
     'class TemperatureSensor:\n    def __init__(self, name, unit):'; do
-    show generate demo --prompt "$(printf '%b' "$header")" --max-new-tokens 80 --temperature 0.6
+    show generate demo --prompt "$(printf '%b' "$header")" --max-new-tokens 80 --temperature 0.5 --repetition-penalty 1.2 --min-p 0.05
 done
 
 cat <<EOF
