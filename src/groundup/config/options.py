@@ -6,38 +6,11 @@ Python. Names and defaults are those of Hugging Face's ``TrainingArguments``, ``
 where they have one; where a name is ours or a default differs, ``why`` says so.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+
+from groundup.config.declaration import option
 
 AUTO = "auto"
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    unit: str = "",
-    choices: tuple[str, ...] = (),
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    why: str = "",
-) -> Any:
-    """Declare one option: its default, its meaning, its unit and the values that it accepts."""
-    return field(
-        default=default,
-        metadata={
-            "help": help,
-            "unit": unit,
-            "choices": choices,
-            "at_least": at_least,
-            "above": above,
-            "at_most": at_most,
-            "below": below,
-            "why": why,
-        },
-    )
 
 
 # fmt: off  (an option is read as a paragraph, not as a column)
