@@ -217,10 +217,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(text, straight, tmp_path, n
 def test_a_second_interrupt_ends_at_once(text, tmp_path):
     """The first signal waits for the step; the second does not. The step is made long, so that both fall into it."""
     run = tmp_path / "run"
-    options = LONG | {"total_batch_tokens": 2**18, "eval_steps": 0}
+    options = LONG | {"total_batch_tokens": 2**21, "eval_steps": 0}
     process = start(text, run, options)
     assert wait_until(process, lambda: (run / "config.toml").exists())
-    time.sleep(1.0)  # inside the first step, which takes seconds
+    time.sleep(1.0)  # inside the first step, which takes many seconds
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert process.poll() is None, "the first signal must wait for the step"

@@ -102,7 +102,8 @@ def test_all_filters_together_keep_the_candidates_of_transformers(scores, k, p, 
         assert scores[ours].sort().values.tolist() == scores[theirs].sort().values.tolist()
     assert ours, "something is always left"
     assert scores[ours].max() == scores.max()
-    torch.testing.assert_close(found[ours], (scores[ours] - scores.max()) / temperature)
+    # Scores may be off by a constant: probabilities are the same.
+    torch.testing.assert_close(found[ours] - found[ours].max(), (scores[ours] - scores.max()) / temperature)
 
 
 def test_each_filter_of_a_sampler_takes_part_in_turn():

@@ -34,8 +34,10 @@ class Sampler:
             scores = penalize_repetition(scores, seen, self.repetition_penalty)
         if self.temperature == 0:
             return scores
-        # The maximum is taken off first, so that a temperature near 0 does not overflow; probabilities are the same.
-        scores = (scores - scores.max()) / max(self.temperature, torch.finfo(scores.dtype).tiny)
+        temperature = max(self.temperature, torch.finfo(scores.dtype).tiny)
+        scaled = scores / temperature
+        # Near 0 that overflows; with the maximum taken off first it does not, and probabilities are the same.
+        scores = (scores - scores.max()) / temperature if scaled.isinf().any() else scaled
         if self.top_k:
             scores = keep_top_k(scores, self.top_k)
         if self.top_p == 1 and self.min_p == 0:
