@@ -1,16 +1,14 @@
 """Speed of greedy generation with GPT-2: groundup, transformers' generate and a loop without cache, in turns."""
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
+from provenance import provenance
 
 from groundup.config.presets import PRESETS
 from groundup.generation.generate import generate_tokens
@@ -149,24 +147,6 @@ def summarize(speeds, bytes_per_step, batch, bandwidth):
     return result
 
 
-def provenance():
-    """When, what and where: no paths, no host names."""
-    here, info = Path(__file__).parent, Path("/proc/cpuinfo")
-    asked = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "../src", "generation.py"])
-    commit, changes = (subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout for words in asked)
-    cpu = info.read_text().partition("model name\t: ")[2].partition("\n")[0] if info.exists() else platform.processor()
-    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "groundup")}
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-        "commit": commit.strip() + "+" * bool(changes),
-        "versions": versions | {"python": platform.python_version()},
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=PRESETS, default="gpt2")
@@ -205,9 +185,12 @@ def main():
                 print(f"{contender:14}{c['median']:10,.1f}{spread:>18}{c['ratio_to_groundup']:12.2f}{share}", flush=True)
     if not options.no_record:
         HISTORY.parent.mkdir(exist_ok=True)
+        here = {"gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None, "threads": torch.get_num_threads()}
         facts = {"load_before": load, "configuration": vars(options), "read_bandwidth": round(bandwidth)}
         with HISTORY.open("a", encoding="utf-8") as file:
-            print(json.dumps(provenance() | facts | {"results": results}, ensure_ascii=False), file=file)
+            print(
+                json.dumps(provenance(Path(__file__).name) | here | facts | {"results": results}, ensure_ascii=False), file=file
+            )
 
 
 if __name__ == "__main__":

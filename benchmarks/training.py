@@ -1,11 +1,9 @@
 """Training speed, memory and MFU of GPT-2: groundup, a plain loop and Trainer, in turns; see README.md beside this."""
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -13,6 +11,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from provenance import provenance
 
 from groundup.config.presets import PRESETS
 
@@ -188,18 +188,6 @@ def summarize(rounds, facts):
     return result
 
 
-def provenance():
-    """When, what and where: no paths, no host names."""
-    here, info = Path(__file__).parent, Path("/proc/cpuinfo")
-    # "+": the code that was measured differs from the commit; the history, which each run lengthens, does not count.
-    asked = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "../src", "training.py"])
-    commit, changes = (subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout for words in asked)
-    cpu = info.read_text().partition("model name\t: ")[2].partition("\n")[0] if info.exists() else platform.processor()
-    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "groundup")}
-    line = {"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "commit": commit.strip() + "+" * bool(changes)}
-    return line | {"versions": versions | {"python": platform.python_version()}, "cpu": cpu, "cores": os.cpu_count()}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"defaults {QUICK} instead of {FULL}")
@@ -237,7 +225,11 @@ def main():
         print(f"{c['peak_bytes'] / 2**30:9.2f} GiB{c['mfu']:8.1%}")
     if record:
         HISTORY.parent.mkdir(exist_ok=True)
-        line = provenance() | {"work": rounds[0]["groundup"]["work"], "load_before": load, "configuration": s} | facts
+        line = (
+            provenance(Path(__file__).name)
+            | {"work": rounds[0]["groundup"]["work"], "load_before": load, "configuration": s}
+            | facts
+        )
         with HISTORY.open("a", encoding="utf-8") as file:
             print(json.dumps(line | {"contenders": contenders}, ensure_ascii=False), file=file)
 

@@ -26,7 +26,7 @@ from groundup.errors import CheckpointError, ConfigError
 from groundup.interop import gguf_files
 from groundup.interop.gguf_files import DTYPES, largest_logit_difference, read_gguf, write_gguf
 from groundup.interop.gguf_tokenizer import PATTERNS
-from groundup.model.gpt2 import GPT2, GPT2Config, initialize
+from groundup.model.gpt2 import GPT2, GPT2Config
 from groundup.recipes.loading import Loaded
 from groundup.tokenizer.tokenizer import (
     TOTAL_PATTERNS,
@@ -37,6 +37,7 @@ from groundup.tokenizer.tokenizer import (
     load_tokenizer,
 )  # fmt: skip
 from groundup.tokenizer.training import train_bpe
+from tests import test_interop
 from tests.conftest import TINY, make_text
 
 CONFIG = GPT2Config(vocab_size=257, n_positions=12, n_embd=32, n_layer=2, n_head=2)
@@ -44,13 +45,7 @@ EXPORT = "export: the tokenizer cannot be written"
 
 
 def new_model(config: GPT2Config = CONFIG, seed: int = 0) -> GPT2:
-    draw = torch.Generator().manual_seed(seed)
-    model = GPT2(config)
-    initialize(model, draw)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
-    return model.eval()
+    return test_interop.new_model(config, seed)
 
 
 def same_bits(first: GPT2, second: GPT2) -> bool:

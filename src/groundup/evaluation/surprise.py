@@ -1,12 +1,11 @@
 """How surprised a model is by each token of a text."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from groundup.errors import DivergedError
+from groundup.model.finite import require_finite
 from groundup.model.gpt2 import GPT2
 
 ROWS = 128
@@ -65,8 +64,7 @@ def token_surprise(
 
 def _surprises(logits: torch.Tensor, tokens: list[int], top_logprobs: int) -> list[Surprise]:
     """Surprises of N tokens from the logits (N, V) of their places."""
-    if not math.isfinite(logits.sum()):
-        raise DivergedError("the model's scores are not finite, so its training diverged; use an earlier checkpoint")
+    require_finite(logits)
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])  # (N, 1)
     ranks = (logprobs > own).sum(1).tolist()

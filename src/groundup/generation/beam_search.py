@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from groundup.generation.generate import new_cache, require_finite, window_start
+from groundup.generation.generate import new_cache, window_start
 from groundup.generation.inference import few_rows_linear
 from groundup.generation.sampling import penalize_repetition
+from groundup.model.finite import require_finite
 from groundup.model.gpt2 import GPT2
 from groundup.model.kv_cache import KVCache
 

@@ -1,6 +1,5 @@
 """Tokens one after the other, for many texts at once, with a cache of keys and values."""
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from groundup.errors import DivergedError
 from groundup.generation.inference import few_rows_linear
 from groundup.generation.sampling import Sampler
+from groundup.model.finite import require_finite
 from groundup.model.gpt2 import GPT2
 from groundup.model.kv_cache import KVCache
 
@@ -59,18 +58,6 @@ def new_cache(model: GPT2, rows: int, longest: int | None = None) -> KVCache:
     config = model.config
     capacity = min(config.n_positions, longest or config.n_positions)
     return KVCache.empty(config.n_layer, rows, config.n_head, capacity, config.n_embd // config.n_head, model.head_weight)
-
-
-def require_finite(logits: Tensor) -> None:
-    """
-    Refuse scores from which nothing can be chosen.
-
-    Raises:
-        DivergedError: one of them is not a finite number.
-    """
-    # One pass: a sum is finite unless an addend is not, or unless they are too large to be anything but diverged.
-    if not math.isfinite(logits.float().sum()):
-        raise DivergedError("the model's scores are not finite, so its training diverged; use an earlier checkpoint")
 
 
 def generate_tokens(

@@ -12,12 +12,9 @@ from typing import Any
 import tokenizers
 
 from groundup.errors import CheckpointError
-from groundup.tokenizer.tokenizer import GPT2_PATTERN, Tokenizer, byte_to_character
+from groundup.tokenizer.tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Tokenizer, byte_to_character
 
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3_PATTERN = rf"{_LETTERS}|\p{{N}}{{1,3}}|{_REST}"
-PATTERNS = {"gpt-2": GPT2_PATTERN, "llama-bpe": LLAMA3_PATTERN, "qwen2": rf"{_LETTERS}|\p{{N}}|{_REST}"}
+PATTERNS = {"gpt-2": GPT2_PATTERN, "llama-bpe": LLAMA3_PATTERN, "qwen2": QWEN2_PATTERN}
 """llama.cpp's names for the split patterns that it runs as the tokenizer does (src/llama-vocab.cpp)."""
 OTHER_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 

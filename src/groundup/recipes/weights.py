@@ -65,12 +65,10 @@ def _explained(source: str) -> Iterator[None]:
 
 def _open(source: str, say: Say, n_head: int, mirrors: Sequence[str]) -> Imported:
     if source.startswith(OPENAI):
-        imported = _openai(source.removeprefix(OPENAI), mirrors)
-    elif source.startswith(HUB):
-        imported = read_hugging_face(_from_hub(source.removeprefix(HUB), say))
-    else:
-        imported = _open_path(Path(source), n_head)
-    return imported
+        return _openai(source.removeprefix(OPENAI), mirrors)
+    if source.startswith(HUB):
+        return read_hugging_face(_from_hub(source.removeprefix(HUB), say))
+    return _open_path(Path(source), n_head)
 
 
 def _open_path(path: Path, n_head: int) -> Imported:
@@ -164,8 +162,8 @@ def _openai(size: str, mirrors: Sequence[str]) -> Imported:
 
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(cache, "groundup", "gpt-2", size)
-    with download_progress() as shown:
-        download_openai(size, folder, mirrors or MIRRORS, shown)
+    with download_progress() as bars:
+        download_openai(size, folder, mirrors or MIRRORS, bars)
     return read_openai(folder)
 
 

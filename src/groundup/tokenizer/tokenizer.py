@@ -31,7 +31,9 @@ GPT2_PATTERN_POSSESSIVE = (
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-TOTAL_PATTERNS = frozenset({GPT2_PATTERN, rf"{_LETTERS}|\p{{N}}{{1,3}}|{_REST}", rf"{_LETTERS}|\p{{N}}|{_REST}"})
+LLAMA3_PATTERN = rf"{_LETTERS}|\p{{N}}{{1,3}}|{_REST}"
+QWEN2_PATTERN = rf"{_LETTERS}|\p{{N}}|{_REST}"
+TOTAL_PATTERNS = frozenset({GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN})
 """
 GPT-2's, Llama 3's and Qwen 2's: patterns that match every character. What another leaves between its matches, tiktoken
 would drop and tokenizers keep.
