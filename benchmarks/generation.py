@@ -16,7 +16,8 @@ from groundup.generation.inference import for_inference
 from groundup.generation.sampling import Sampler
 from groundup.interop.huggingface import config_to_hugging_face, to_hugging_face
 from groundup.model.flops import parameter_count
-from groundup.model.gpt2 import GPT2, GPT2Config, initialize
+from groundup.model.gpt2 import GPT2, GPT2Config
+from groundup.model.initial import initialize
 
 HISTORY = Path(__file__).parent / "history" / "generation.jsonl"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,7 @@
 """From shards to batches: windows, targets, the reader thread, evaluation batches."""
 
+import hashlib
+import itertools
 import os
 import resource
 import threading
@@ -15,7 +17,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from groundup.data.batches import Batch, Windows, evaluation_batches, global_batches, to_batch
+from groundup.data.batches import (
+    Batch,
+    ShuffledWindows,
+    Windows,
+    evaluation_batches,
+    evaluation_batches_by_source,
+    global_batches,
+    to_batch,
+)
 from groundup.data.order import window_ids
 from groundup.data.shards import Shard, ShardWriter, TokenStream
 from groundup.errors import DataError
@@ -45,7 +55,9 @@ def windows(folder: Path) -> Windows:
 
 
 def batches_from(windows: Windows, first: int = 0, per_step: int = 5, seed: int = 42) -> Any:
-    return global_batches(windows, seed=seed, first_sample=first, windows_per_step=per_step, device=CPU)
+    """Endless batches of one size, from a sample on."""
+    ranges = ((position, per_step) for position in itertools.count(first, per_step))
+    return global_batches(ShuffledWindows(windows, seed), ranges, CPU)
 
 
 def take(batches: Any, count: int) -> list[Any]:
@@ -126,6 +138,66 @@ def test_resuming_is_exact_from_any_step(windows, done):
     for ours, theirs in zip(resumed, straight[done:], strict=True):
         assert ours.digest == theirs.digest
         assert torch.equal(ours.batch.input_ids, theirs.batch.input_ids)
+
+
+# What an earlier version of this loader gave for these windows, before a run's order was an object of its own: seed 42,
+# 5 windows a step, from sample 0. A run that stopped under it goes on with the same batches.
+DIGESTS_BEFORE = [
+    "00e9c94a4334f839b77bf678be42deac",
+    "fe77f83162729cc7f425f7b321e8c37a",
+    "bff4642d5141008cd3d73be326bca108",
+    "5ea8e1e8bcae5fa9d6b0828f461dee5f",
+]
+
+
+def test_batches_are_what_they_always_were(windows):
+    items = take(batches_from(windows), 4)
+    assert [item.digest for item in items] == DIGESTS_BEFORE
+    ids = window_ids(42, 0, 20, len(windows))
+    expected = windows.tokens(ids).reshape(4, 5, LENGTH + 1)
+    for item, tokens in zip(items, expected, strict=True):
+        assert item.batch.input_ids.tolist() == tokens[:, :-1].tolist()
+        assert item.batch.labels.tolist() == tokens[:, 1:].tolist()
+        assert item.digest == hashlib.blake2b(tokens.astype("<u4").tobytes(), digest_size=16).hexdigest()
+
+
+@settings(max_examples=40, deadline=None)
+@given(positions=st.lists(st.integers(0, 10**6), max_size=30))
+def test_samples_are_read_by_position_in_any_order(windows, positions):
+    """Twice the same position is twice the same window."""
+    samples = ShuffledWindows(windows, 7)
+    assert (samples.length, len(samples)) == (LENGTH, 12)
+    tokens = samples.read(np.array(positions, dtype=np.int64))
+    assert tokens.shape == (len(positions), LENGTH + 1)
+    assert [row[0] // LENGTH for row in tokens.tolist()] == [window_ids(7, place, 1, 12)[0] for place in positions]
+
+
+def test_steps_may_have_sizes_of_their_own(windows):
+    """And a step that is more than is read at once is cut nowhere."""
+    sizes = [1, 700, 2]
+    starts = [0, 1, 701]
+    batches = list(global_batches(ShuffledWindows(windows, 42), iter(zip(starts, sizes, strict=True)), CPU))
+    assert [len(item.batch.labels) for item in batches] == sizes
+    firsts = torch.cat([item.batch.input_ids[:, 0] for item in batches])
+    assert firsts.tolist() == (window_ids(42, 0, 703, 12) * LENGTH).tolist()
+
+
+def test_batches_end_with_their_ranges(windows):
+    batches = global_batches(ShuffledWindows(windows, 42), iter([(0, 2), (2, 2)]), CPU)
+    assert len(list(batches)) == 2
+    assert wait_for(lambda: readers() == [])
+    assert list(global_batches(ShuffledWindows(windows, 42), iter([]), CPU)) == []
+
+
+def test_an_error_of_the_ranges_reaches_whoever_asks(windows):
+    def failing() -> Iterator[tuple[int, int]]:
+        yield 0, 2
+        raise DataError("no more")
+
+    batches = global_batches(ShuffledWindows(windows, 42), failing(), CPU)
+    next(batches)
+    with pytest.raises(DataError, match="no more"):
+        next(batches)
 
 
 def test_a_digest_tells_batches_apart(windows):
@@ -238,6 +310,18 @@ def test_a_part_of_the_evaluation_is_spread_evenly(windows, max_tokens, batch_si
     assert ids[0] == 0
     assert gaps.max() - gaps.min() <= 1
     assert gaps.min() >= 1
+
+
+@pytest.mark.parametrize(("max_tokens", "expected"), [(0, (12, 3)), (10 * LENGTH, (8, 2)), (1, (1, 1)), (10**6, (12, 3))])
+def test_an_evaluation_is_shared_out_by_the_size_of_the_sources(windows, folder, max_tokens, expected):
+    small = Windows(stream_of(folder / "small", 3 * LENGTH + 1), LENGTH, LENGTH)
+    found = evaluation_batches_by_source({"large": windows, "small": small}, 4, CPU, max_tokens)
+    counts = {name: sum(len(batch.labels) for batch in some) for name, some in found.items()}
+    assert counts == dict(zip(("large", "small"), expected, strict=True))
+    alone = evaluation_batches_by_source({"": windows}, 4, CPU, max_tokens)
+    assert [batch.labels.tolist() for batch in alone[""]] == [
+        batch.labels.tolist() for batch in evaluation_batches(windows, 4, CPU, max_tokens)
+    ]
 
 
 def test_a_part_of_a_batch_is_its_rows():

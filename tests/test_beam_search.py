@@ -19,7 +19,8 @@ from groundup.generation.beam_search import Hypothesis, beam_search
 from groundup.generation.generate import generate_tokens, window_start
 from groundup.generation.sampling import Sampler
 from groundup.interop.huggingface import config_to_hugging_face, save_model, to_hugging_face
-from groundup.model.gpt2 import GPT2, GPT2Config, initialize
+from groundup.model.gpt2 import GPT2, GPT2Config
+from groundup.model.initial import initialize
 from groundup.tokenizer.tokenizer import byte_tokenizer
 
 NEVER = 10**6

@@ -18,6 +18,7 @@ import groundup
 from groundup.checkpoint import commit as commit_module
 from groundup.checkpoint.commit import checkpoints, commit, newest_good, prune, remove_leftovers, verify
 from groundup.errors import CheckpointError, ResourceError
+from groundup.recipes.selection import kept
 from tests.conftest import TINY, Finished, flags, make_text
 
 QUIET = TINY | {"eval_steps": 0, "sample_tokens": 0}
@@ -170,7 +171,7 @@ def test_checkpoints_sort_by_step_and_only_final_names_count(tmp_path):
 def test_prune_keeps_the_newest(tmp_path, keep, left):
     for step in (1, 2, 10, 11):
         commit(tmp_path, step, write_two)
-    prune(tmp_path, keep)
+    prune(tmp_path, kept(tmp_path, keep, None))
     assert names(tmp_path) == [f"checkpoint-{step}" for step in left]
     assert len(list(tmp_path.iterdir())) == len(left), "nothing of the deleted is left"
 
@@ -179,6 +180,7 @@ def test_save_total_limit_holds_at_every_save(trained, tmp_path):
     with groundup.open_training(trained / "text.txt", tmp_path / "run", **QUIET | {"save_total_limit": 2}) as training:
         for step in training:
             training.save()
+            training.prune()
             assert names(tmp_path / "run") == [f"checkpoint-{s}" for s in range(max(1, step.step - 1), step.step + 1)]
 
 

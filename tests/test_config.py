@@ -20,8 +20,8 @@ from groundup.config.options import (
     TRAIN_GROUPS,
     BatchOptions,
     ModelOptions,
-    OptimizerOptions,
     RunOptions,
+    ScheduleOptions,
 )
 from groundup.config.plan import micro_batches, plan_run
 from groundup.config.presets import FINE_TUNING, PRESET_OPTIONS, PRESETS
@@ -64,7 +64,7 @@ def test_a_preset_gives_way_to_a_file_and_a_file_to_a_flag(tmp_path):
     layers = read_config_file(file) | {"n_layer": Given("2", "--n-layer")}
     resolved = resolve(TRAIN_GROUPS, layers)
     assert (resolved[ModelOptions].n_layer, resolved.origins["n_layer"]) == (2, "--n-layer")
-    assert resolved[OptimizerOptions].learning_rate == 0.5
+    assert resolved[ScheduleOptions].learning_rate == 0.5
     assert str(file) in resolved.origins["learning_rate"]
     assert resolved[ModelOptions].n_embd == PRESETS["gpt2-nano"]["n_embd"]
 
@@ -347,7 +347,7 @@ def test_a_choice_names_all_and_the_nearest():
     message = refusal(lr_scheduler_type="cosin")
     assert "linear" in message
     assert "did you mean cosine?" in message
-    assert train_settings(lr_scheduler_type="linear")[OptimizerOptions].lr_scheduler_type == "linear"
+    assert train_settings(lr_scheduler_type="linear")[ScheduleOptions].lr_scheduler_type == "linear"
 
 
 def test_texts_are_one_or_several():
@@ -385,20 +385,20 @@ def test_micro_batches_partition_the_global_batch_for_any_world(windows, micro, 
 
 def plan(windows=100, world_size=1, rank=0, **options):
     resolved = train_settings(n_positions=16, n_embd=16, n_head=2, **options)
-    groups = (resolved[group] for group in (ModelOptions, BatchOptions, OptimizerOptions, RunOptions))
+    groups = (resolved[group] for group in (ModelOptions, BatchOptions, ScheduleOptions, RunOptions))
     return plan_run(*groups, windows=windows, world_size=world_size, rank=rank)
 
 
 def test_accumulation_follows_from_the_global_batch():
     made = plan(total_batch_tokens=165, per_device_train_batch_size=4)
     assert (made.windows_per_step, made.tokens_per_step) == (10, 160)
-    assert made.micro_batches == ((0, 4), (4, 4), (8, 2))
+    assert made.micro_batches_at(1) == ((0, 4), (4, 4), (8, 2))
 
 
 def test_the_global_batch_follows_from_accumulation():
     made = plan(gradient_accumulation_steps=3, per_device_train_batch_size=4, world_size=2, rank=1)
     assert made.windows_per_step == 24
-    assert made.micro_batches == ((12, 4), (16, 4), (20, 4))
+    assert made.micro_batches_at(1) == ((12, 4), (16, 4), (20, 4))
 
 
 def test_epochs_and_steps_agree():
@@ -416,7 +416,7 @@ def test_warmup_below_one_is_a_fraction(warmup, steps):
 def test_more_ranks_than_windows_is_refused_with_the_number_that_works():
     with pytest.raises(ConfigError, match="give at least 64"):
         plan(total_batch_tokens=48, world_size=4)
-    assert plan(total_batch_tokens=64, world_size=4, rank=3).micro_batches == ((3, 1),)
+    assert plan(total_batch_tokens=64, world_size=4, rank=3).micro_batches_at(1) == ((3, 1),)
 
 
 # --- the contract with Hugging Face's names ---

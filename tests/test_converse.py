@@ -18,7 +18,8 @@ import groundup
 from groundup.config.load import Given, resolve
 from groundup.config.options import GENERATE_GROUPS
 from groundup.interop.huggingface import save_model
-from groundup.model.gpt2 import GPT2, GPT2Config, initialize
+from groundup.model.gpt2 import GPT2, GPT2Config
+from groundup.model.initial import initialize
 from groundup.recipes.converse import converse
 from groundup.tokenizer.tokenizer import byte_tokenizer
 

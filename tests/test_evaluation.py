@@ -1,6 +1,7 @@
 """Loss, perplexity, bits per byte and accuracy, by hand and against the run that logged them."""
 
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,8 +17,9 @@ import groundup
 from groundup.data.batches import Batch, Windows, evaluation_batches, to_batch
 from groundup.data.shards import open_dataset
 from groundup.errors import CheckpointError, ConfigError
-from groundup.evaluation.measure import byte_frequency_baseline, evaluate_model
-from groundup.model.gpt2 import GPT2, GPT2Config, initialize
+from groundup.evaluation.measure import byte_frequency_baseline, evaluate_model, evaluate_sources
+from groundup.model.gpt2 import GPT2, GPT2Config
+from groundup.model.initial import initialize
 from groundup.tracking.metrics import read_rows
 from tests.conftest import TINY, make_text
 
@@ -76,6 +78,35 @@ def test_every_measure_by_hand():
     assert 0 < found.token_accuracy < 1
     size = sum(int(BYTE_COUNTS[token]) for token in all_tokens()[:, 1:].ravel())
     assert found.bits_per_byte == pytest.approx(losses.sum() / math.log(2) / size, rel=1e-5)
+
+
+def test_each_source_is_measured_and_all_of_them_over_all_tokens():
+    """23 windows, 4 of one source and 19 of the other: the total is no mean of means."""
+    tokens = all_tokens()
+    named = {"small": [to_batch(tokens[:4], CPU)], "large": [to_batch(tokens[4:14], CPU), to_batch(tokens[14:], CPU)]}
+    found = evaluate_sources(new_model(), named, BYTE_COUNTS, nullcontext)
+    losses, hits = by_hand()
+    assert found is not None
+    assert list(found.sources) == ["small", "large"]
+    for name, rows in (("small", slice(0, 4)), ("large", slice(4, 23))):
+        part = found.sources[name]
+        size = sum(int(BYTE_COUNTS[token]) for token in tokens[rows, 1:].ravel())
+        assert part.loss == pytest.approx(losses[rows].mean(), rel=1e-5)
+        assert part.perplexity == math.exp(part.loss)
+        assert part.token_accuracy == hits[rows].mean()
+        assert part.bits_per_byte == pytest.approx(losses[rows].sum() / math.log(2) / size, rel=1e-5)
+        assert (part.tokens, part.sources) == (losses[rows].size, {})
+    straight = measure(batches(23))
+    assert found.loss == pytest.approx(straight.loss, rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(straight.bits_per_byte, rel=1e-6)
+    assert (found.token_accuracy, found.tokens) == (straight.token_accuracy, straight.tokens)
+    assert found.loss != pytest.approx(sum(part.loss for part in found.sources.values()) / 2, rel=1e-4)
+
+
+def test_what_has_no_name_is_no_source():
+    assert measure(batches(5)).sources == {}
+    assert measure(batches(5)) == evaluate_sources(new_model(), {"": batches(5)}, BYTE_COUNTS, nullcontext)
+    assert evaluate_sources(new_model(), {"a": batches(5), "b": batches(5)}, BYTE_COUNTS, nullcontext, lambda: True) is None
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 22, 23, 100])
@@ -242,3 +273,73 @@ def test_a_dataset_of_another_tokenizer_is_refused(trained, tmp_path):
 def test_there_is_nothing_to_measure(tmp_path):
     with pytest.raises(CheckpointError, match="not found"):
         groundup.evaluate(tmp_path / "nowhere")
+
+
+# --- named sources ---
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one source of text and one that was prepared before."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "words.txt").write_text(make_text(1500), encoding="utf-8")
+    (folder / "other.txt").write_text("0123456789 " * 300, encoding="utf-8")
+    groundup.prepare(folder / "other.txt", folder / "digits", tokenizer="byte")
+    sources = (f"words={folder / 'words.txt'}:3", f"digits={folder / 'digits'}:1")
+    groundup.train([], folder / "run", source=sources, **TINY | {"max_eval_tokens": 0})
+    return folder
+
+
+def test_a_run_with_named_sources_is_measured_by_source(mixed):
+    found = groundup.evaluate(mixed / "run", device="cpu")
+    assert list(found["sources"]) == ["digits", "words"]
+    parts = found["sources"].values()
+    keys = {"eval_loss", "perplexity", "bits_per_byte", "token_accuracy", "tokens"}
+    assert all(set(part) == keys for part in parts)
+    assert found["tokens"] == sum(part["tokens"] for part in parts)
+    assert found["eval_loss"] == pytest.approx(sum(p["eval_loss"] * p["tokens"] for p in parts) / found["tokens"])
+    assert found["sources"]["digits"]["eval_loss"] != found["sources"]["words"]["eval_loss"]
+
+
+def test_a_source_is_measured_as_if_it_were_alone(mixed):
+    found = groundup.evaluate(mixed / "run", device="cpu")
+    alone = groundup.evaluate(mixed / "run", device="cpu", data=str(mixed / "digits"))
+    assert "sources" not in alone
+    assert {key: alone[key] for key in found["sources"]["digits"]} == found["sources"]["digits"]
+
+
+def test_the_command_measures_each_source_as_the_run_logged_it(mixed):
+    last = [row for row in read_rows(mixed / "run" / "metrics.jsonl") if "eval_loss" in row][-1]
+    found = groundup.evaluate(mixed / "run", device="cpu")
+    assert found["eval_loss"] == last["eval_loss"]
+    assert {name: part["eval_loss"] for name, part in found["sources"].items()} == {
+        name: last[f"eval_{name}_loss"] for name in ("digits", "words")
+    }
+
+
+def test_the_text_of_a_mixture_may_be_gone_but_its_data_must_be_the_same(mixed, tmp_path):
+    shutil.copytree(mixed, tmp_path / "copy")
+    run = tmp_path / "copy" / "run"
+    config = (run / "config.toml").read_text(encoding="utf-8")
+    (run / "config.toml").write_text(config.replace(str(mixed), str(tmp_path / "copy")), encoding="utf-8")
+    (tmp_path / "copy" / "words.txt").unlink()
+    whole = groundup.evaluate(mixed / "run", device="cpu")
+    assert groundup.evaluate(run, device="cpu")["sources"] == whole["sources"]
+    shutil.rmtree(tmp_path / "copy" / "digits")
+    groundup.prepare(mixed / "words.txt", tmp_path / "copy" / "digits", tokenizer="byte")
+    with pytest.raises(ConfigError, match="has changed; give --data"):
+        groundup.evaluate(run, device="cpu")
+    shutil.rmtree(run / "dataset")
+    with pytest.raises(ConfigError, match="the dataset of source words is gone"):
+        groundup.evaluate(run, device="cpu")
+
+
+def test_a_dataset_with_names_is_measured_by_source(trained, tmp_path):
+    """Also by a model that was trained on something else."""
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.txt").write_text(make_text(600, seed=seed), encoding="utf-8")
+    sources = tuple(f"{name}={tmp_path}/{name}.txt:1" for name in "ab")
+    groundup.prepare([], tmp_path / "data", tokenizer="byte", source=sources)
+    found = groundup.evaluate(trained / "run", device="cpu", data=str(tmp_path / "data"))
+    assert list(found["sources"]) == ["a", "b"]
+    assert found["tokens"] == sum(part["tokens"] for part in found["sources"].values())

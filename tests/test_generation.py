@@ -21,7 +21,8 @@ from groundup.generation.inference import FewRowsLinear, for_inference
 from groundup.generation.sampling import Sampler
 from groundup.generation.text import TextStream
 from groundup.interop.huggingface import config_to_hugging_face, save_model, to_hugging_face
-from groundup.model.gpt2 import GPT2, GPT2Config, initialize
+from groundup.model.gpt2 import GPT2, GPT2Config
+from groundup.model.initial import initialize
 from groundup.model.kv_cache import KVCache
 from groundup.tokenizer.tokenizer import byte_tokenizer
 from tests.conftest import TINY
@@ -872,7 +873,7 @@ def test_the_command_prints_what_the_function_returns(model_folder, tmp_path):
     assert done.json["completions"] == json.loads(json.dumps(expected["completions"]))
     assert set(done.json) == set(expected) | {"tokens_per_second"}
     assert set(done.json["completions"][0]) == {
-        "prompt", "text", "token_ids", "finish_reason", "stop_string", "logprobs", "score",
+        "prompt", "suffix", "text", "token_ids", "finish_reason", "stop_string", "logprobs", "score",
     }  # fmt: skip
     assert set(done.json["completions"][0]["logprobs"][0]) == {"token", "bytes", "id", "logprob", "top_logprobs"}
 

@@ -535,7 +535,8 @@ def test_another_tokenizer_is_not_the_same(bpe, name):
     spec = json.loads(bpe.json)
     OTHERS[name](spec)
     other = Tokenizer(json.dumps(spec))
-    assert not other.gives_the_ids_of(bpe)
+    # With one special token more it gives all the ids, and one that the other does not know.
+    assert other.gives_the_ids_of(bpe) == (name == "an added token")
     assert not bpe.gives_the_ids_of(other)
 
 

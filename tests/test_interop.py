@@ -20,7 +20,8 @@ import groundup
 from groundup.checkpoint.commit import checkpoints
 from groundup.errors import CheckpointError
 from groundup.interop.huggingface import from_hugging_face, load_model, read_hugging_face, save_model, to_hugging_face
-from groundup.model.gpt2 import GPT2, GPT2Config, initialize
+from groundup.model.gpt2 import GPT2, GPT2Config
+from groundup.model.initial import initialize
 from groundup.tokenizer.tokenizer import byte_tokenizer
 from tests.conftest import TINY, make_text
 from tests.conftest import groundup as command

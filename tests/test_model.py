@@ -14,7 +14,8 @@ from torch import Tensor
 from groundup.config.presets import PRESETS
 from groundup.interop.huggingface import load_model, save_model
 from groundup.model.flops import parameter_count, training_flops_per_token
-from groundup.model.gpt2 import GPT2, GPT2Config, initialize
+from groundup.model.gpt2 import GPT2, GPT2Config
+from groundup.model.initial import initialize
 from groundup.model.kv_cache import KVCache
 from groundup.model.loss import next_token_loss
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groundup.config.plan import micro_batches
-from groundup.data.order import ORDER_VERSION, epoch_keys, permute, window_ids
+from groundup.data.order import ORDER_VERSION, epoch_keys, ids_at, permute, round_keys, window_ids
 
 SEEDS = st.integers(0, 2**63)
 
@@ -136,6 +136,20 @@ def test_samples_do_not_depend_on_how_they_are_asked_for(size, first, count, cut
     cut = min(cut, count)
     parts = [window_ids(42, first, cut, size), window_ids(42, first + cut, count - cut, size)]
     assert np.concatenate(parts).tolist() == whole.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 60), samples=st.lists(st.integers(0, 10**9), max_size=50))
+def test_samples_may_be_asked_for_in_any_order(size, samples):
+    ids = ids_at(np.array(samples, dtype=np.int64), size, lambda epoch: epoch_keys(42, epoch))
+    assert ids.tolist() == [window_ids(42, sample, 1, size)[0] for sample in samples]
+
+
+def test_labels_do_not_run_into_each_other():
+    keys = [round_keys(1, 2), round_keys(12), round_keys(1, "2", 3), round_keys(1, 23), round_keys(1, "source", "a", 0),
+            round_keys(1, "source", "a0"), round_keys(1, "mixture", 0)]  # fmt: skip
+    assert len({tuple(found) for found in keys}) == len(keys)
+    assert round_keys(42, 3) == epoch_keys(42, 3)
 
 
 def test_an_epochs_edge_ends_one_permutation_and_starts_the_next():

@@ -1,5 +1,6 @@
 """Text to a dataset: the same bytes always, nothing half-made, nothing lost, and damage that names its shard."""
 
+import hashlib
 import json
 import os
 import random
@@ -128,6 +129,23 @@ def test_the_name_of_the_output_and_the_time_change_no_byte(tmp_path, text_file)
     os.utime(text_file, (0, 0))
     prepared(text_file, tmp_path / "deep" / "two", tokenizer="bpe", vocab_size=300)
     assert content(tmp_path / "one") == content(tmp_path / "deep" / "two")
+
+
+def test_the_manifest_is_frozen(tmp_path, monkeypatch):
+    """
+    The hash was computed with version 0.1.0 as it was before sources could have names (numpy 2.4, x86-64).
+
+    It covers the shards' hashes, the split and the names of all keys; without the tokenizer's own hash, which depends on
+    the library that writes its file.
+    """
+    monkeypatch.chdir(tmp_path)
+    write_documents(tmp_path / "texts", 12)
+    Path("lone.txt").write_text(make_text(300, seed=99), encoding="utf-8")
+    prepared(["texts", "lone.txt"], Path("data"), shard_tokens=1000)
+    manifest = json.loads(Path("data", "dataset.json").read_text())
+    del manifest["tokenizer_sha256"]
+    found = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    assert found == "e77ff3464f710051e64888a87e3e7038fcc10d594e5d74c16dc91bd4f534eac5"
 
 
 def test_piece_and_chunk_sizes_change_no_token(tmp_path, text_file, monkeypatch):

@@ -4,15 +4,12 @@ A run that is killed, stopped or resumed ends where an uninterrupted one ends, b
 The oracle is one run that nothing disturbs: its last checkpoint and the rows that it logged.
 """
 
-import hashlib
 import itertools
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,16 +21,15 @@ import groundup
 from groundup.checkpoint.commit import checkpoints, step_of, verify
 from groundup.errors import ConfigError, Stopped
 from groundup.recipes import training as training_recipe
-from groundup.tracking.metrics import append_row, read_rows
-from tests.conftest import TINY, Finished, flags, make_text
+from groundup.tracking.metrics import append_row
+from tests.conftest import TINY, flags, make_text
 from tests.conftest import groundup as command
+from tests.runs import assert_same_end, contents, end, last_state, ledger, logged_step, start, wait_until
 
 # 10 steps are an epoch of this text, so every run here crosses epochs.
 WORDS = 300
 LONG = TINY | {"max_steps": 100, "eval_steps": 50, "save_steps": 10, "sample_tokens": 0, "warmup_steps": 5}
 SHORT = TINY | {"eval_steps": 0}
-# The columns of metrics.jsonl that do not depend on the speed of the machine.
-EXACT = ("step", "epoch", "loss", "grad_norm", "learning_rate", "batch_digest", "num_input_tokens_seen", "eval_loss")
 
 
 @pytest.fixture(autouse=True)
@@ -47,65 +43,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("source") / "text.txt"
     path.write_text(make_text(WORDS), encoding="utf-8")
     return path
-
-
-def ledger(run: Path) -> list[tuple[Any, ...]]:
-    return [tuple(row.get(name) for name in EXACT) for row in read_rows(run / "metrics.jsonl")]
-
-
-def last_state(run: Path) -> dict[str, str]:
-    """Hash of each file of the last checkpoint; all of them are functions of the run."""
-    last = checkpoints(run)[-1]
-    verify(last)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(last.iterdir())}
-
-
-def assert_same_end(run: Path, straight: Path) -> None:
-    assert checkpoints(run)[-1].name == checkpoints(straight)[-1].name
-    found, expected = last_state(run), last_state(straight)
-    for name in ("model.safetensors", "optimizer.safetensors", "trainer_state.json"):
-        assert found[name] == expected[name], f"{name} differs from the uninterrupted run's"
-    assert ledger(run) == ledger(straight)
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Hash of every file below a folder, except the lock, which names whoever held it last."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
-
-
-def train_command(text: Path, run: Path, options: dict[str, Any]) -> list[str]:
-    return [sys.executable, "-m", "groundup", "train", str(text), "--output-dir", str(run), *flags(options), "--json"]
-
-
-def start(text: Path, run: Path, options: dict[str, Any], *before: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([*before, *train_command(text, run, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def wait_until(process: subprocess.Popen[bytes], happened: Callable[[], bool]) -> bool:
-    """True once it has happened; False when the process ended first."""
-    deadline = time.monotonic() + 60
-    while process.poll() is None:
-        if happened():
-            return True
-        assert time.monotonic() < deadline, "waited for a minute"
-        time.sleep(0.001)
-    return False
-
-
-def logged_step(run: Path) -> int:
-    return max((row["step"] for row in read_rows(run / "metrics.jsonl")), default=0)
-
-
-def end(process: subprocess.Popen[bytes], number: int | None = None) -> Finished:
-    """Send a signal, if one is given, and wait for the end."""
-    if number is not None:
-        process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    return Finished(process.returncode, out.decode(), err.decode())
 
 
 @pytest.fixture(scope="module")
@@ -365,14 +302,14 @@ def test_the_final_evaluation_survives_a_kill_before_it(text, tmp_path):
 def test_an_evaluation_given_up_for_a_signal_is_made_up_for(text, tmp_path, monkeypatch):
     options = TINY | {"max_steps": 8, "eval_steps": 3, "sample_tokens": 0}
     groundup.train(text, tmp_path / "straight", **options)
-    measure, calls = training_recipe.evaluate_model, itertools.count()
+    measure, calls = training_recipe.evaluate_sources, itertools.count()
 
     def interrupted(*arguments: Any) -> Any:
         if next(calls) == 1:  # the first is before training, the second after step 3
             os.kill(os.getpid(), signal.SIGTERM)
         return measure(*arguments)
 
-    monkeypatch.setattr(training_recipe, "evaluate_model", interrupted)
+    monkeypatch.setattr(training_recipe, "evaluate_sources", interrupted)
     with pytest.raises(Stopped):
         groundup.train(text, tmp_path / "run", **options)
     groundup.train(text, tmp_path / "run", **options)

@@ -22,7 +22,8 @@ from groundup.evaluation.measure import evaluate_model
 from groundup.evaluation.surprise import token_surprise
 from groundup.generation.generate import window_start
 from groundup.interop.huggingface import save_model
-from groundup.model.gpt2 import GPT2, GPT2Config, initialize
+from groundup.model.gpt2 import GPT2, GPT2Config
+from groundup.model.initial import initialize
 from groundup.tokenizer.tokenizer import byte_tokenizer
 from groundup.tracking.surprise import SCALE, show_surprise
 from tests.conftest import groundup as command

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from groundup.errors import DataError
 from groundup.tokenizer.gpt2_files import FILES, gpt2_tokenizer
 from groundup.tokenizer.pieces import pieces
+from groundup.tokenizer.special import FILE_SEPARATOR, FIM_TOKENS, fim_ids, usable_ids
 from groundup.tokenizer.tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERN,
@@ -476,3 +477,122 @@ def test_the_split_pattern_is_gpt2s():
     )
     text = make_text(2000) + " isn't   we'll\n\n\n  \t x  12 \xa0\xa0 !!  "
     assert trained().encode(text).tolist() == released.encode_ordinary(text)
+
+
+# --- special tokens ---
+
+
+@pytest.mark.parametrize("make", [*TOKENIZERS, pytest.param(llama_style, id="llama")])
+def test_special_tokens_are_added_after_the_last_id(make):
+    base = make()
+    tokenizer = base.with_special_tokens(FIM_TOKENS)
+    size = base.vocab_size
+    assert tokenizer.vocab_size == size + 5
+    assert tokenizer.special_ids == base.special_ids | dict(zip(FIM_TOKENS, range(size, size + 5), strict=True))
+    assert tokenizer.end_of_text_id == base.end_of_text_id
+    assert tokenizer.runs_fast
+    assert tokenizer.token_bytes == base.token_bytes + [b""] * 5
+    assert tokenizer.token_byte_counts[size:].tolist() == [0] * 5
+    assert [tokenizer.spelled(size + number) for number in range(5)] == list(FIM_TOKENS)
+    assert tokenizer.decode([size, *tokenizer.encode("a"), size + 4]) == "a"
+    added = json.loads(tokenizer.json)["added_tokens"]
+    assert [(t["content"], t["id"]) for t in added if t["special"]][-5:] == list(tokenizer.special_ids.items())[-5:]
+    # Asking again changes nothing, and another order of asking has its own ids.
+    assert tokenizer.with_special_tokens(FIM_TOKENS) is tokenizer
+    assert tokenizer.with_special_tokens(FIM_TOKENS[:2]) is tokenizer
+    assert base.vocab_size == size
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+@settings(deadline=None)
+@given(text=st.lists(st.sampled_from([*FIM_TOKENS, "<|endoftext|>", "a", " the", "<|", "\n"]), max_size=8).map("".join))
+def test_text_that_spells_a_special_token_is_ordinary_text(make, text):
+    base, tokenizer = make(), extended(make)
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == base.encode(text).tolist() == slow_ids(tokenizer, text)
+    assert tokenizer.decode(ids) == text
+
+
+@cache
+def extended(make):
+    return make().with_special_tokens(FIM_TOKENS)
+
+
+def test_special_tokens_that_are_there_stay_where_they_are():
+    """A model's data with paths adds the separator; training to fill holes adds the rest."""
+    some = trained().with_special_tokens([FILE_SEPARATOR])
+    assert some.vocab_size == trained().vocab_size + 1
+    assert some.with_special_tokens(FIM_TOKENS).special_ids == trained().with_special_tokens(FIM_TOKENS).special_ids
+    other = trained().with_special_tokens(["<|fim_pad|>"]).with_special_tokens(FIM_TOKENS)
+    assert other.special_ids["<|fim_pad|>"] == trained().vocab_size
+    assert len(set(other.special_ids.values())) == 6
+    # Qwen's own file has them as tokens that text may spell.
+    added = json.loads(trained().json)["added_tokens"]
+    plain = {**added[0], "id": trained().vocab_size, "content": FILE_SEPARATOR, "special": False}
+    tokenizer = Tokenizer(changed(added_tokens=[*added, plain]))
+    assert tokenizer.encode(FILE_SEPARATOR).tolist() == [trained().vocab_size]
+    special = tokenizer.with_special_tokens([FILE_SEPARATOR])
+    assert special.special_ids[FILE_SEPARATOR] == trained().vocab_size == special.vocab_size - 1
+    assert special.encode(FILE_SEPARATOR).tolist() == trained().encode(FILE_SEPARATOR).tolist()
+
+
+def test_a_special_token_that_finds_no_place_is_refused():
+    with pytest.raises(DataError, match="'the' is one of its tokens of ordinary text"):
+        from_merges({c: i for i, c in enumerate([*byte_to_character(), "th", "the"])}, [("t", "h"), ("th", "e")]) \
+            .with_special_tokens(["the"])  # fmt: skip
+    spec = json.loads(byte_tokenizer().json)
+    spec["model"]["vocab"]["\u0100x"] = 400
+    with pytest.raises(DataError, match="gaps below 401"):
+        Tokenizer(json.dumps(spec)).with_special_tokens(FIM_TOKENS)
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_transformers_opens_a_tokenizer_with_special_tokens(make, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = extended(make)
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).sha256 == tokenizer.sha256
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == tokenizer.vocab_size
+    assert {name: theirs.convert_tokens_to_ids(name) for name in tokenizer.special_ids} == tokenizer.special_ids
+    text = "def f(x):\n    return naïve 日本 😀"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text).tolist()
+    # There, as everywhere in transformers, a special token is also what its name spells.
+    ids = tokenizer.special_ids
+    hole = [ids["<|fim_prefix|>"], *tokenizer.encode("a"), ids["<|fim_suffix|>"], *tokenizer.encode("b"), ids["<|fim_middle|>"]]
+    assert theirs("<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>")["input_ids"] == hole
+    assert theirs.decode(hole, skip_special_tokens=True) == "ab" == tokenizer.decode(hole)
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_more_special_tokens_give_the_ids_of_fewer_and_not_the_other_way_round(make):
+    base, some, all_of_them = make(), make().with_special_tokens([FILE_SEPARATOR]), extended(make)
+    assert all_of_them.gives_the_ids_of(some)
+    assert all_of_them.gives_the_ids_of(base)
+    assert some.gives_the_ids_of(base)
+    assert not base.gives_the_ids_of(some)
+    assert not some.gives_the_ids_of(all_of_them)
+    # Other tokens at the same ids mean something else.
+    other = base.with_special_tokens(["<|im_start|>"])
+    assert not other.gives_the_ids_of(some)
+    assert not some.gives_the_ids_of(other)
+
+
+def test_the_marks_of_a_hole_are_not_written():
+    for make in (byte_tokenizer, trained):
+        base, tokenizer = make(), extended(make)
+        size = base.vocab_size
+        ids = fim_ids(tokenizer)
+        assert (ids.file_separator, ids.prefix, ids.middle, ids.suffix, ids.pad) == tuple(range(size, size + 5))
+        # The separator begins a new document of a model that learned paths; the four after it are the marks.
+        assert usable_ids(tokenizer) == size + 1
+        assert fim_ids(base) is None
+        assert usable_ids(base) == size
+        assert fim_ids(base.with_special_tokens([FILE_SEPARATOR])) is None
+        # Where text comes after them, no limit can leave them out.
+        later = tokenizer.with_special_tokens(["<|end|>"])
+        spec = json.loads(later.json)
+        spec["added_tokens"][-1]["special"] = False
+        assert usable_ids(later) == size + 1
+        assert usable_ids(Tokenizer(json.dumps(spec))) == size + 6

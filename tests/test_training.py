@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from groundup.checkpoint.commit import checkpoints, step_of, verify
 from groundup.config.plan import micro_batches
 from groundup.data.batches import Batch
 from groundup.errors import DivergedError
-from groundup.model.gpt2 import GPT2, GPT2Config, initialize
+from groundup.model.gpt2 import GPT2, GPT2Config
+from groundup.model.initial import initialize
 from groundup.model.loss import next_token_loss
-from groundup.optim.adamw import build_adamw
+from groundup.optim.optimizers import Optimizers, build_optimizer
 from groundup.tracking.metrics import read_rows
-from groundup.training.step import Update, train_step
+from groundup.training.step import Learner, Update, train_step
 from tests.conftest import TINY, flags, make_text
 from tests.conftest import groundup as command
 
@@ -40,8 +42,14 @@ def new_model(config: GPT2Config = SMALL, seed: int = 0) -> GPT2:
     return model
 
 
-def optimizer_for(model: GPT2) -> torch.optim.AdamW:
-    return build_adamw(model, learning_rate=1e-3, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
+ADAMW = {
+    "optim": "adamw_torch_fused", "learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1,
+    "weight_decay_type": "decoupled", "sgd_momentum": 0.9, "muon_momentum": 0.95,
+}  # fmt: skip
+
+
+def optimizer_for(model: GPT2) -> Optimizers:
+    return build_optimizer(model, **ADAMW)
 
 
 def batch_of(step: int, windows: int = WINDOWS) -> Batch:
@@ -49,20 +57,20 @@ def batch_of(step: int, windows: int = WINDOWS) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:])
 
 
-def one_step(model: GPT2, optimizer: torch.optim.Optimizer, step: int = 1, *, micro: int = WINDOWS, batch: Batch | None = None,
+def one_step(model: GPT2, optimizer: Optimizers, step: int = 1, *, micro: int = WINDOWS, batch: Batch | None = None,
              forward: Callable[[Tensor], Tensor] | None = None, **options: Any) -> Update:  # fmt: skip
     batch = batch or batch_of(step)
     passes = micro_batches(batch.labels.size(0), micro, 1, 0)
     settings = {"seed": 42, "step": step, "learning_rate": 1e-3, "max_grad_norm": 1.0} | options
-    return train_step(model, forward or model, optimizer, batch, passes, nullcontext, **settings)
+    return train_step(Learner(model, forward or model, optimizer, nullcontext), batch, passes, **settings)
 
 
 def weights(model: GPT2) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def moments(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = ((name, optimizer.state[p]) for name, p in model.named_parameters())
+def moments(model: GPT2, optimizer: Optimizers) -> dict[str, Tensor]:
+    state = ((name, optimizer.state_of(p)) for name, p in model.named_parameters())
     return {f"{name}/{slot}": value.clone() for name, slots in state for slot, value in slots.items()}
 
 
@@ -164,9 +172,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], bool]],
     def choose(is_bad: Callable[[int], bool]) -> None:
         real = train_step
 
-        def step_with_poison(model: GPT2, forward: Any, *arguments: Any, step: int, **options: Any) -> Update:
-            forward = poisoned(model, math.nan) if is_bad(step) else forward
-            return real(model, forward, *arguments, step=step, **options)
+        def step_with_poison(learner: Learner, *arguments: Any, step: int, **options: Any) -> Update:
+            forward = poisoned(learner.model, math.nan) if is_bad(step) else learner.forward
+            return real(replace(learner, forward=forward), *arguments, step=step, **options)
 
         monkeypatch.setattr("groundup.training.loop.train_step", step_with_poison)
 
@@ -241,9 +249,9 @@ def test_weights_that_are_not_finite_are_never_saved(text_file, tmp_path):
     verify(run / "checkpoint-1")
 
 
-def sgd(model: GPT2) -> torch.optim.SGD:
+def sgd(model: GPT2) -> Optimizers:
     """Gradient descent: what it moves by is the gradient it was given, times the rate."""
-    return torch.optim.SGD(model.parameters(), lr=1.0)
+    return Optimizers((torch.optim.SGD(model.parameters(), lr=1.0),))
 
 
 def moved(model: GPT2, before: dict[str, Tensor]) -> float:

@@ -7,7 +7,7 @@ Order: stage, fsync every file, hash it, write the manifest, fsync the directory
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -164,10 +164,11 @@ def newest_good(run: Path, say: Say) -> Path | None:
     return None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints; 0 keeps all."""
-    for path in checkpoints(run)[: -keep or None] if keep else []:
-        remove_directory(path)
+def prune(run: Path, keep: Collection[Path]) -> None:
+    """Delete all checkpoints but these."""
+    for path in checkpoints(run):
+        if path not in keep:
+            remove_directory(path)
 
 
 def remove_leftovers(run: Path) -> None:

@@ -27,6 +27,7 @@ from groundup.config.options import (
     GENERATE_GROUPS,
     IMPORT_GROUPS,
     PREPARE_GROUPS,
+    SCHEDULE_GROUPS,
     SCORE_GROUPS,
     TRAIN_GROUPS,
 )
@@ -216,7 +217,8 @@ _CHECKPOINT = click.Argument(["checkpoint"], metavar="RUN_OR_CHECKPOINT")
 @_verb(
     "prepare",
     "Turn text into a tokenizer and shards of tokens.\n\nA SOURCE is a file (any UTF-8 text; .jsonl, .csv and .parquet with "
-    "a text column; .gz and .zst of them), a folder, - for standard input, or python-stdlib.",
+    "a text column; .gz and .zst of them), a folder, - for standard input, or python-stdlib. --source gives them names and "
+    "weights.",
     PREPARE_GROUPS,
     [_SOURCES, _output_dir()],
 )
@@ -274,7 +276,27 @@ def _evaluate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], 
         f"{result['checkpoint']}: loss {result['eval_loss']:.4f} | perplexity {result['perplexity']:,.2f} | "
         f"{result['bits_per_byte']:.4f} bits per byte | token accuracy {result['token_accuracy']:.2%} | "
         f"{result['tokens']:,} tokens"
+        + "".join(
+            f"\n  {name}: loss {part['eval_loss']:.4f} | perplexity {part['perplexity']:,.2f} | "
+            f"{part['bits_per_byte']:.4f} bits per byte | token accuracy {part['token_accuracy']:.2%}"
+            for name, part in result.get("sources", {}).items()
+        )
     )
+
+
+@_verb(
+    "schedule",
+    "Draw learning-rate schedules, without training.\n\nNAMEs are those of --lr-scheduler-type, which is drawn where none is "
+    "given.",
+    SCHEDULE_GROUPS,
+    [click.Argument(["names"], nargs=-1, metavar="NAME…")],
+)
+def _schedule(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
+    from groundup.recipes.schedule import draw_named
+    from groundup.tracking.schedule_picture import schedule_text
+
+    result = draw_named(own["names"], settings)
+    return result, f"{schedule_text(result)}\npicture: {result['picture']}"
 
 
 @_verb(
@@ -339,7 +361,15 @@ def _generate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], 
 
     path, options = Path(own["checkpoint"]), settings[GenerationOptions]
     with progress() as shown:
-        if not options.prompt and not options.prompt_file and not own["json"] and sys.stdin is not None and sys.stdin.isatty():
+        filling = options.prefix or options.suffix
+        if (
+            not filling
+            and not options.prompt
+            and not options.prompt_file
+            and not own["json"]
+            and sys.stdin is not None
+            and sys.stdin.isatty()
+        ):
             converse(path, settings, shown.say, stream)
             return {}, ""
         result = generate(path, settings, shown.say, stream, logprobs=own["json"])

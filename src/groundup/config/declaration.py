@@ -3,6 +3,8 @@
 from dataclasses import field
 from typing import Any
 
+AUTO = "auto"
+
 
 def option(
     default: Any,

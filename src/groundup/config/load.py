@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from groundup.config.presets import FINE_TUNING, PRESETS
+from groundup.config.ramp import Ramp, ends
+from groundup.config.rules import contradictions
 from groundup.errors import ConfigError
 
 Group = TypeVar("Group")
@@ -105,76 +107,6 @@ def read_config_file(path: Path) -> dict[str, Given]:
     return found
 
 
-def contradictions(values: Mapping[str, Any], origins: Mapping[str, str], *, shape_known: bool = True) -> list[str]:
-    """Rules across options. Returns one line per broken rule."""
-
-    def both_given(*names: str) -> bool:
-        return all(name in values and origins[name] != "default" for name in names)
-
-    problems = []
-    if "n_embd" in values and shape_known and values["n_embd"] % values["n_head"]:
-        width, heads = values["n_embd"], values["n_head"]
-        nearest = max(1, round(width / heads)) * heads
-        problems.append(
-            f"n_embd: {width} (from {origins['n_embd']}) is not divisible by n_head {heads} "
-            f"(from {origins['n_head']}); the nearest width that is: {nearest}"
-        )
-    if shape_known and values.get("stride", 0) > values.get("n_positions", 0):
-        problems.append(
-            f"stride: {values['stride']} (from {origins['stride']}) is more than n_positions {values['n_positions']} "
-            f"(from {origins['n_positions']}), so text between windows would be lost; give at most that"
-        )
-    if values.get("gradient_accumulation_steps") and both_given("total_batch_tokens", "gradient_accumulation_steps"):
-        origin = origins["total_batch_tokens"]
-        # A resolved configuration file holds both; there the accumulation wins, as it did when it was resolved.
-        both_in_file = origin.startswith("file ") and origin == origins["gradient_accumulation_steps"]
-        if not origin.startswith(("preset", "fine-tuning")) and not both_in_file:
-            problems.append(
-                f"total_batch_tokens: {values['total_batch_tokens']} (from {origin}) and gradient_accumulation_steps "
-                f"{values['gradient_accumulation_steps']} both set the global batch; give one of them"
-            )
-    if "total_batch_tokens" in values and shape_known and not values["gradient_accumulation_steps"]:
-        total, window = values["total_batch_tokens"], values["n_positions"]
-        if total < window:
-            problems.append(
-                f"total_batch_tokens: {total} (from {origins['total_batch_tokens']}) is less than one window of "
-                f"n_positions {window} (from {origins['n_positions']}); give at least {window}"
-            )
-    return problems + _decoding_contradictions(values, origins)
-
-
-def _decoding_contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
-    """Rules across the options of generate."""
-    beams, problems = values.get("num_beams", 1), []
-    if beams > 1:
-        sampling = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0}
-        given = [name for name, off in sampling.items() if origins[name] != "default" and values[name] != off]
-        problems += [
-            f"{name}: {values[name]} (from {origins[name]}) samples, num_beams {beams} (from {origins['num_beams']}) searches "
-            "for the likeliest text; give one of them"
-            for name in given
-        ]
-        if values["num_return_sequences"] > beams:
-            problems.append(
-                f"num_return_sequences: {values['num_return_sequences']} (from {origins['num_return_sequences']}) is more than "
-                f"the num_beams {beams} (from {origins['num_beams']}); give at most that, or more beams"
-            )
-    elif "num_beams" in values:
-        given = [name for name, off in (("length_penalty", 1), ("early_stopping", "false")) if values[name] != off]
-        problems += [
-            f"{name}: {values[name]!r} (from {origins[name]}) acts on beams only; add --num-beams, or leave it out"
-            for name in given
-        ]
-        if values["temperature"] == 0 and values["num_return_sequences"] > 1:
-            problems.append(
-                f"num_return_sequences: {values['num_return_sequences']} (from {origins['num_return_sequences']}), but "
-                f"temperature 0 (from {origins['temperature']}) gives one text; raise it, or add --num-beams for the n best"
-            )
-    if "" in values.get("stop_strings", ()):
-        problems.append(f"stop_strings: '' (from {origins['stop_strings']}) is in every text; give at least one character")
-    return problems
-
-
 def unknown_option_hint(name: str, known: list[str]) -> str:
     """The nearest known names, as a hint; empty when none is near."""
     near = difflib.get_close_matches(name.replace("-", "_"), known, n=2, cutoff=0.6)
@@ -210,9 +142,14 @@ def _with_preset(given: Mapping[str, Given], declared: Mapping[str, Any]) -> dic
 def _converted(value: object, hint: Any) -> Any:
     """Turn text, TOML or Python values into the declared type."""
     if isinstance(hint, types.UnionType):
-        if value is None:
+        arms = get_args(hint)
+        if value is None and type(None) in arms:
             return None
-        hint = next(arm for arm in get_args(hint) if arm is not type(None))
+        if Ramp in arms and isinstance(value, str) and (":" in value or "@" in value):
+            return Ramp(value.replace("_", "").replace(",", ""))
+        if str in arms and isinstance(value, str) and value.strip().lower().isalpha():
+            return value.strip().lower()  # a number or a word, which the choices name
+        hint = next(arm for arm in arms if arm is not type(None))
     if hint is bool:
         return _boolean(value)
     if hint is int:
@@ -283,10 +220,16 @@ def _checked(declaration: Field[Any], value: Any) -> Any:
     rules = declaration.metadata
     if rules["choices"] and str(value).lower() in rules["choices"]:
         return str(value).lower()
-    if rules["choices"] and value not in rules["choices"]:
-        near = difflib.get_close_matches(str(value), rules["choices"], n=1)
+    if rules["choices"] and isinstance(value, tuple):
+        return tuple(_checked(declaration, item) for item in value)
+    if rules["choices"] and isinstance(value, str):
+        near = difflib.get_close_matches(value, rules["choices"], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"is not one of {', '.join(rules['choices'])}{hint}")
+        number = " or a whole number" if isinstance(declaration.default, int) else ""
+        raise ValueError(f"is not one of {', '.join(rules['choices'])}{number}{hint}")
+    if isinstance(value, Ramp):
+        for end in ends(value):
+            _checked(declaration, end)
     if isinstance(value, int | float) and not isinstance(value, bool):
         unit = f" {rules['unit']}" if rules["unit"] else ""
         for words, bound, broken in (

@@ -3,14 +3,16 @@
 import hashlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from groundup.data.order import window_ids
+from groundup.data.order import epoch_keys, ids_at
 from groundup.data.shards import TokenStream
 
 READ_AHEAD_BATCHES = 2
@@ -49,6 +51,45 @@ class Windows:
         return out
 
 
+class Samples(Protocol):
+    """What a run reads, in its order: a function of the position alone, so that nothing else must survive a restart."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window, its last target not counted."""
+
+    def __len__(self) -> int:
+        """Windows in one epoch."""
+
+    def read(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """
+        The tokens of the samples at these positions, (N, length + 1).
+
+        Args:
+            positions: counted from 0 over the whole run, epochs included, in any order, (N,).
+        """
+
+
+@dataclass(frozen=True)
+class ShuffledWindows:
+    """All windows of one stream, in another order in each epoch."""
+
+    windows: Windows
+    seed: int
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window, its last target not counted."""
+        return self.windows.length
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def read(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The tokens of the samples at these positions of the run, (N, length + 1)."""
+        return self.windows.tokens(ids_at(positions, len(self.windows), partial(epoch_keys, self.seed)))
+
+
 @dataclass(frozen=True)
 class GlobalBatch:
     """The windows of one optimizer step, and a digest of their tokens."""
@@ -57,19 +98,17 @@ class GlobalBatch:
     digest: str
 
 
-def global_batches(
-    windows: Windows, *, seed: int, first_sample: int, windows_per_step: int, device: torch.device
-) -> Iterator[GlobalBatch]:
+def global_batches(samples: Samples, ranges: Iterator[tuple[int, int]], device: torch.device) -> Iterator[GlobalBatch]:
     """
-    Endless batches of a run, from any sample on; read by a thread, so that the device never waits.
+    The batches of a run, one for each range; read by a thread, so that the device never waits.
 
     Args:
-        first_sample: samples seen before; the whole state of the data order.
+        ranges: first position and number of samples of each step. The thread asks for them ahead of the steps.
     """
-    ahead: queue.Queue[GlobalBatch | BaseException] = queue.Queue(READ_AHEAD_BATCHES)
+    ahead: queue.Queue[GlobalBatch | BaseException | None] = queue.Queue(READ_AHEAD_BATCHES)
     stopped = threading.Event()
 
-    def offer(item: GlobalBatch | BaseException) -> None:
+    def offer(item: GlobalBatch | BaseException | None) -> None:
         while not stopped.is_set():
             try:
                 ahead.put(item, timeout=0.1)
@@ -78,33 +117,44 @@ def global_batches(
                 continue
 
     def read() -> None:
-        sample = first_sample
         try:
-            while not stopped.is_set():
-                ids = window_ids(seed, sample, windows_per_step, len(windows))
+            for first, count in ranges:
+                positions = np.arange(first, first + count, dtype=np.int64)
                 parts = []
-                for start in range(0, len(ids), WINDOWS_BETWEEN_CHECKS):
+                for start in range(0, count, WINDOWS_BETWEEN_CHECKS):
                     if stopped.is_set():
                         return
-                    parts.append(windows.tokens(ids[start : start + WINDOWS_BETWEEN_CHECKS]))
+                    parts.append(samples.read(positions[start : start + WINDOWS_BETWEEN_CHECKS]))
                 tokens = np.concatenate(parts)
                 digest = hashlib.blake2b(tokens.astype("<u4").tobytes(), digest_size=16).hexdigest()
                 offer(GlobalBatch(to_batch(tokens, device), digest))
-                sample += windows_per_step
+                if stopped.is_set():
+                    return
+            offer(None)
         except BaseException as error:
             offer(error)
 
     reader = threading.Thread(target=read, name="groundup-batches", daemon=True)
     reader.start()
     try:
-        while True:
-            item = ahead.get()
+        while (item := ahead.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
         stopped.set()
         reader.join(timeout=10)
+
+
+def evaluation_batches_by_source(
+    windows: Mapping[str, Windows], batch_size: int, device: torch.device, max_tokens: int = 0
+) -> dict[str, Iterator[Batch]]:
+    """The ``evaluation_batches`` of each source; ``max_tokens`` is shared out as the sources' sizes are."""
+    total = sum(len(part) for part in windows.values())
+    return {
+        name: evaluation_batches(part, batch_size, device, max_tokens and max(1, max_tokens * len(part) // total))
+        for name, part in windows.items()
+    }
 
 
 def evaluation_batches(windows: Windows, batch_size: int, device: torch.device, max_tokens: int = 0) -> Iterator[Batch]:

@@ -7,6 +7,8 @@ of processes sees the same global batch.
 """
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -30,17 +32,33 @@ def window_ids(seed: int, first_sample: int, count: int, windows: int) -> npt.ND
         windows: windows in one epoch, at least 1.
     """
     samples = np.arange(first_sample, first_sample + count, dtype=np.int64)
+    return ids_at(samples, windows, partial(epoch_keys, seed))
+
+
+def ids_at(samples: npt.NDArray[np.int64], windows: int, keys: Callable[[int], list[int]]) -> npt.NDArray[np.int64]:
+    """
+    Which of ``windows`` windows each sample reads, (N,): sample k is of epoch k // windows, and each epoch a permutation.
+
+    Args:
+        samples: numbers of samples from 0, in any order, (N,).
+        keys: the round keys of an epoch.
+    """
     epochs, positions = np.divmod(samples, windows)
-    ids = np.empty(count, dtype=np.int64)
+    ids = np.empty(len(samples), dtype=np.int64)
     for epoch in np.unique(epochs):
         rows = epochs == epoch
-        ids[rows] = permute(positions[rows].astype(np.uint64), windows, epoch_keys(seed, int(epoch))).astype(np.int64)
+        ids[rows] = permute(positions[rows].astype(np.uint64), windows, keys(int(epoch))).astype(np.int64)
     return ids
 
 
 def epoch_keys(seed: int, epoch: int) -> list[int]:
-    """Round keys of one epoch, by hashing a labelled tuple: (seed 0, epoch 1) shares nothing with (seed 1, epoch 0)."""
-    label = f"groundup data order {ORDER_VERSION}\x1f{seed}\x1f{epoch}".encode()
+    """Round keys of one epoch of the only source of a run."""
+    return round_keys(seed, epoch)
+
+
+def round_keys(seed: int, *labels: str | int) -> list[int]:
+    """Keys by hashing a labelled tuple: (seed 0, epoch 1) shares nothing with (seed 1, epoch 0)."""
+    label = "\x1f".join([f"groundup data order {ORDER_VERSION}", str(seed), *map(str, labels)]).encode()
     digest = hashlib.blake2b(label, digest_size=8 * ROUNDS).digest()
     return [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS)]
 

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from groundup.data.shards import SPLITS, Dataset, ShardWriter, Split, dtype_for, open_dataset, write_manifest
+from groundup.data.shards import SPLITS, Dataset, ShardWriter, Split, dtype_for, open_dataset, split_key, write_manifest
 from groundup.data.sources import STDIN, Document, ReadOptions, SourceReport, copy_stdin, documents
 from groundup.data.split import content_hash, in_sample, is_below
 from groundup.errors import ConfigError, DataError
@@ -35,6 +36,7 @@ from groundup.runtime.files import (
     sync_file,
 )
 from groundup.tokenizer.pieces import pieces
+from groundup.tokenizer.special import FILE_SEPARATOR
 from groundup.tokenizer.tokenizer import TokenArray, Tokenizer
 
 TASK_CHARACTERS = 2**20
@@ -46,6 +48,19 @@ Digest = bytes
 BuildTokenizer = Callable[[Iterable[str]], Tokenizer]
 
 
+class Place(Enum):
+    """Where a piece of text stands in its document."""
+
+    PATH = "path"
+    """Before it: its path, with a line break."""
+    INSIDE = "inside"
+    END = "end"
+
+
+Piece = tuple[str, str, Place]
+"""A split, a text, and its place."""
+
+
 @dataclass(frozen=True)
 class SourceFacts:
     """What the first reading saw of one source."""
@@ -55,6 +70,8 @@ class SourceFacts:
     bytes: int
     by_position: bool
     """The source is one document, which is split by position."""
+    name: str = ""
+    """Where sources have names, each is split by itself."""
 
 
 @dataclass
@@ -65,9 +82,8 @@ class Survey:
     report: SourceReport = field(default_factory=SourceReport)
     digest: str = ""
     """Hash of every document's content, in order."""
-    lowest: Digest = b"\xff" * 16
-    highest: Digest = b""
-    """Of the hashes of documents that are split by hash."""
+    extremes: dict[str, tuple[Digest, Digest]] = field(default_factory=dict)
+    """The lowest and the highest hash of the documents that are split by hash: of each named source, or of all under ''."""
 
     @property
     def documents(self) -> int:
@@ -79,16 +95,17 @@ class Survey:
         """UTF-8 bytes in all sources."""
         return sum(source.bytes for source in self.sources)
 
-    def is_validation(self, digest: Digest, fraction: float) -> bool:
+    def is_validation(self, digest: Digest, fraction: float, name: str = "") -> bool:
         """
-        Whether a document is for validation: its hash is below the fraction.
+        Whether a document of a source is for validation: its hash is below the fraction.
 
         Neither side is left empty where there are two different documents: the lowest hash is for validation and the
         highest for training, wherever the fraction lies.
         """
-        if fraction <= 0 or digest == self.highest:
+        lowest, highest = self.extremes[name]
+        if fraction <= 0 or digest == highest:
             return False
-        return is_below(digest, fraction) or digest == self.lowest
+        return is_below(digest, fraction) or digest == lowest
 
 
 @dataclass(frozen=True)
@@ -103,11 +120,25 @@ class PrepareRequest:
     tokenizer: str
     vocab_size: int
     tokenizer_train_bytes: int
+    names: tuple[str, ...] = ()
+    """Of the sources, where they have some; there are no validation sources then."""
+    path_context: bool = False
+    """Each document begins with its path, after a special token."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What the splits are called."""
+        return tuple(split_key(split, name) for split in SPLITS for name in self.names or (None,))
 
     def description(self) -> dict[str, Any]:
         """As JSON values; equal descriptions of unchanged sources give equal datasets."""
         described = asdict(self)
         del described["read"]["stdin_copy"]
+        described["names"] = list(self.names)
+        if not self.names:
+            del described["names"]
+        if not self.path_context:
+            del described["path_context"]
         if self.tokenizer != "bpe":
             del described["vocab_size"], described["tokenizer_train_bytes"]
         return described
@@ -125,23 +156,30 @@ def survey(request: PrepareRequest) -> Survey:
             if not characters:
                 found.report.skipped["empty"] += 1
                 continue
-            corpus.update(digest)
+            corpus.update(_content_of(document, digest, request))
             count, size = count + 1, size + length
             lowest, highest = min(lowest, digest), max(highest, digest)
         corpus.update(_source_end(number, request))
         by_position = count == 1 and not request.validation_sources
-        found.sources.append(SourceFacts(source, count, size, by_position))
+        name = request.names[number] if request.names else ""
+        found.sources.append(SourceFacts(source, count, size, by_position, name))
         if not by_position:
-            found.lowest, found.highest = min(found.lowest, lowest), max(found.highest, highest)
+            low, high = found.extremes.get(name, (lowest, highest))
+            found.extremes[name] = min(low, lowest), max(high, highest)
     found.digest = corpus.hexdigest()
-    if not found.documents:
-        named = ", ".join((*request.sources, *request.validation_sources))
+    empty = [source.source for source in found.sources if not source.documents]
+    if not found.documents or (empty and request.names):
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(found.report.skipped.items()))
         raise DataError(
-            f"no text found in {named} (skipped: {skipped or 'nothing, there are no files'}); "
+            f"no text found in {', '.join(empty)} (skipped: {skipped or 'nothing, there are no files'}); "
             "give files or folders of UTF-8 text"
         )
     return found
+
+
+def _content_of(document: Document, digest: Digest, request: PrepareRequest) -> bytes:
+    """What stands for a document in the corpus' hash: its content's; where its path becomes text, the path too."""
+    return digest + document.name.encode() if request.path_context else digest
 
 
 def _source_end(number: int, request: PrepareRequest) -> bytes:
@@ -197,8 +235,10 @@ def _write_dataset(request: PrepareRequest, staging: Path, build_tokenizer: Buil
 
     fraction = request.tokenizer_train_bytes / max(1, seen.bytes)
     tokenizer = build_tokenizer(
-        text for split, text, _ in _split_pieces(request, seen) if split == "train" and in_sample(text, fraction)
+        text for split, text, _ in _split_pieces(request, seen) if split.startswith("train") and in_sample(text, fraction)
     )
+    if request.path_context:
+        tokenizer = tokenizer.with_special_tokens([FILE_SEPARATOR])
     tokenizer.save(staging)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         sync_file(staging / name)
@@ -208,8 +248,8 @@ def _write_dataset(request: PrepareRequest, staging: Path, build_tokenizer: Buil
     )
 
     dtype = dtype_for(tokenizer.vocab_size)
-    writers = {split: ShardWriter(staging, split, dtype, request.shard_tokens) for split in SPLITS}
-    counts = {split: [0, 0] for split in SPLITS}
+    writers = {split: ShardWriter(staging, split, dtype, request.shard_tokens) for split in request.splits}
+    counts = {split: [0, 0] for split in request.splits}
     corpus = hashlib.sha256()
     tasks = _tasks(_split_pieces(request, seen, corpus), counts)
     for split, tokens in _encoded(tasks, tokenizer, workers if seen.bytes >= POOL_FROM_BYTES else 1):
@@ -217,6 +257,8 @@ def _write_dataset(request: PrepareRequest, staging: Path, build_tokenizer: Buil
     if corpus.hexdigest() != seen.digest:
         raise DataError("a source changed while it was read; run again when nothing writes to it")
     splits = {name: Split(writer.close(), *counts[name]) for name, writer in writers.items()}
+    if request.names:
+        _require_both_sides(seen, splits)
     facts = {
         "documents": seen.documents,
         "bytes": seen.bytes,
@@ -226,7 +268,18 @@ def _write_dataset(request: PrepareRequest, staging: Path, build_tokenizer: Buil
         "request": request.description(),
     }
     stdin_copy.unlink(missing_ok=True)
-    write_manifest(staging, tokenizer, dtype, splits, facts)
+    write_manifest(staging, tokenizer, dtype, splits, facts, request.names)
+
+
+def _require_both_sides(seen: Survey, splits: dict[str, Split]) -> None:
+    """Each named source is trained on and evaluated by itself."""
+    for facts in seen.sources:
+        for side in SPLITS:
+            if not splits[split_key(side, facts.name)].tokens:
+                raise DataError(
+                    f"source {facts.source}: {counted(facts.documents, 'document')}, and no text for {side} of {facts.name}; "
+                    "give it more text, or change --validation-fraction"
+                )
 
 
 def _fewer(request: PrepareRequest, tokenizer: Tokenizer) -> str:
@@ -248,8 +301,8 @@ def _skipped(report: SourceReport) -> str:
     return text
 
 
-def _split_pieces(request: PrepareRequest, seen: Survey, corpus: Any = None) -> Iterator[tuple[str, str, bool]]:
-    """Every piece of text with its split, and whether it ends its document, in the canonical order."""
+def _split_pieces(request: PrepareRequest, seen: Survey, corpus: Any = None) -> Iterator[Piece]:
+    """Every piece of text with its split and its place in its document, in the canonical order."""
     fraction = request.validation_fraction
     for number, facts in enumerate(seen.sources):
         for document in documents(facts.source, request.read, SourceReport()):
@@ -257,22 +310,24 @@ def _split_pieces(request: PrepareRequest, seen: Survey, corpus: Any = None) -> 
             if not characters:
                 continue
             if corpus is not None:
-                corpus.update(digest)
+                corpus.update(_content_of(document, digest, request))
+            path = document.name.replace("\n", " ") + "\n" if request.path_context else ""
             if request.validation_sources:
-                yield from _whole("validation" if number >= len(request.sources) else "train", document)
+                yield from _whole("validation" if number >= len(request.sources) else "train", document, path)
             elif facts.by_position:
-                yield from _by_position(document, int(characters * (1 - fraction)), characters)
+                yield from _by_position(document, int(characters * (1 - fraction)), characters, facts.name, path)
             else:
-                yield from _whole("validation" if seen.is_validation(digest, fraction) else "train", document)
+                side = "validation" if seen.is_validation(digest, fraction, facts.name) else "train"
+                yield from _whole(split_key(side, facts.name), document, path)
         if corpus is not None:
             corpus.update(_source_end(number, request))
 
 
-def _whole(split: str, document: Document) -> Iterator[tuple[str, str, bool]]:
-    yield from _marked(split, pieces(document.open()))
+def _whole(split: str, document: Document, path: str) -> Iterator[Piece]:
+    yield from _marked(split, pieces(document.open()), path)
 
 
-def _by_position(document: Document, boundary: int, characters: int) -> Iterator[tuple[str, str, bool]]:
+def _by_position(document: Document, boundary: int, characters: int, name: str, path: str) -> Iterator[Piece]:
     """The first ``boundary`` characters for training, the rest for validation; each part ends as a document."""
 
     def part(start: int, end: int) -> Iterator[str]:
@@ -281,19 +336,21 @@ def _by_position(document: Document, boundary: int, characters: int) -> Iterator
             yield chunk[max(0, start - place) : max(0, end - place)]
             place += len(chunk)
 
-    yield from _marked("train", pieces(part(0, boundary)))
-    yield from _marked("validation", pieces(part(boundary, characters)))
+    yield from _marked(split_key("train", name), pieces(part(0, boundary)), path)
+    yield from _marked(split_key("validation", name), pieces(part(boundary, characters)), path)
 
 
-def _marked(split: str, texts: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-    """Mark the last piece of a document."""
+def _marked(split: str, texts: Iterable[str], path: str) -> Iterator[Piece]:
+    """The pieces of one document with their places, after its path where there is one."""
     before: str | None = None
     for text in texts:
         if before is not None:
-            yield split, before, False
+            yield split, before, Place.INSIDE
+        elif path:
+            yield split, path, Place.PATH
         before = text
     if before is not None:
-        yield split, before, True
+        yield split, before, Place.END
 
 
 @dataclass(frozen=True)
@@ -301,16 +358,16 @@ class Task:
     """Consecutive pieces of one split, about ``TASK_CHARACTERS`` in all."""
 
     split: str
-    parts: tuple[tuple[str, bool], ...]
+    parts: tuple[tuple[str, Place], ...]
 
 
-def _tasks(marked: Iterable[tuple[str, str, bool]], counts: dict[str, list[int]]) -> Iterator[Task]:
-    waiting: dict[str, list[tuple[str, bool]]] = {split: [] for split in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
-    for split, text, ends in marked:
-        counts[split][0] += ends
+def _tasks(marked: Iterable[Piece], counts: dict[str, list[int]]) -> Iterator[Task]:
+    waiting: dict[str, list[tuple[str, Place]]] = {split: [] for split in counts}
+    sizes = dict.fromkeys(counts, 0)
+    for split, text, place in marked:
+        counts[split][0] += place is Place.END
         counts[split][1] += len(text.encode())
-        waiting[split].append((text, ends))
+        waiting[split].append((text, place))
         sizes[split] += len(text)
         if sizes[split] >= TASK_CHARACTERS:
             yield Task(split, tuple(waiting[split]))
@@ -323,9 +380,11 @@ def _tasks(marked: Iterable[tuple[str, str, bool]], counts: dict[str, list[int]]
 def _encode_task(tokenizer: Tokenizer, task: Task) -> TokenArray:
     end = np.array([tokenizer.end_of_text_id], dtype=np.uint32)
     arrays = []
-    for text, ends in task.parts:
+    for text, place in task.parts:
+        if place is Place.PATH:
+            arrays.append(np.array([tokenizer.special_ids[FILE_SEPARATOR]], dtype=np.uint32))
         arrays.append(tokenizer.encode(text))
-        if ends:
+        if place is Place.END:
             arrays.append(end)
     return np.concatenate(arrays)
 

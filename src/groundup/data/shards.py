@@ -4,11 +4,13 @@ The dataset on disk: token shards as .npy files, and dataset.json, which says wh
     DATASET/dataset.json  tokenizer.json  tokenizer_config.json  train-00000.npy …  validation-00000.npy …
 
 A split is one stream of tokens; documents end with the end-of-text id; shards cut the stream every so many tokens.
+Where sources have names, each has splits of its own: train-NAME-00000.npy …  validation-NAME-00000.npy …
 """
 
 import io
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -24,8 +26,11 @@ from groundup.runtime.files import sha256_of_file, write_durably
 from groundup.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 MANIFEST = "dataset.json"
-FORMAT, VERSION = "groundup-dataset", 1
+FORMAT, VERSION, NAMED_VERSION = "groundup-dataset", 1, 2
+"""The second version has named sources; others are written as ever."""
 SPLITS = ("train", "validation")
+SOURCE_NAME = r"[A-Za-z0-9_-]{1,64}"
+"""A regular expression: the names of sources are parts of file names, and of keys in metrics."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ class Split:
     def tokens(self) -> int:
         """Tokens in all shards."""
         return sum(shard.tokens for shard in self.shards)
+
+
+def split_key(split: str, source: str | None = None) -> str:
+    """What the split of a named source is called."""
+    return f"{split}-{source}" if source else split
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
@@ -154,27 +164,46 @@ class Dataset:
     dtype: np.dtype[Any]
     splits: dict[str, Split]
     manifest: dict[str, Any]
+    sources: tuple[str, ...] = ()
+    """Names of sources, where they have some: then each has its own splits."""
 
-    def stream(self, split: str) -> TokenStream:
-        """The tokens of a split."""
-        return TokenStream(self.directory, self.splits[split].shards, self.dtype)
+    def split(self, split: str, source: str | None = None) -> Split:
+        """What train or validation holds: of one named source, or of all, one after the other."""
+        found = [self.splits[split_key(split, name)] for name in self._names(source)]
+        shards = tuple(shard for part in found for shard in part.shards)
+        return Split(shards, sum(part.documents for part in found), sum(part.bytes for part in found))
 
-    @cached_property
+    def stream(self, split: str, source: str | None = None) -> TokenStream:
+        """The tokens of train or validation: of one named source, or of all, one after the other."""
+        return TokenStream(self.directory, self.split(split, source).shards, self.dtype)
+
+    @property
     def identity(self) -> str:
         """Hash of everything that training reads: equal datasets have equal tokens and tokenizers."""
-        shards = [[split, s.name, s.tokens, s.sha256] for split in SPLITS for s in self.splits[split].shards]
+        return self.identity_of(None)
+
+    def identity_of(self, source: str | None) -> str:
+        """The ``identity`` of one named source; None is all of the dataset."""
+        keys = [split_key(split, name) for split in SPLITS for name in self._names(source)]
+        shards = [[key, s.name, s.tokens, s.sha256] for key in keys for s in self.splits[key].shards]
         text = json.dumps([self.tokenizer.sha256, self.dtype.str, shards], sort_keys=True)
         return sha256(text.encode()).hexdigest()
 
-    def verify(self) -> None:
+    def _names(self, source: str | None) -> Sequence[str | None]:
+        return (source,) if source else self.sources or (None,)
+
+    def verify(self, source: str | None = None) -> None:
         """
         Read every shard once: its hash must be the manifest's, and every id must be in the vocabulary.
+
+        Args:
+            source: only this named source; None is all of the dataset.
 
         Raises:
             DataError: names the shard, what was found and what was expected.
         """
-        for split in self.splits.values():
-            for shard in split.shards:
+        for split in SPLITS:
+            for shard in self.split(split, source).shards:
                 try:
                     self._verify_shard(shard)
                 except OSError as error:
@@ -199,11 +228,12 @@ class Dataset:
 
 
 def write_manifest(directory: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], splits: dict[str, Split],
-                   facts: dict[str, Any]) -> None:  # fmt: skip
+                   facts: dict[str, Any], sources: tuple[str, ...] = ()) -> None:  # fmt: skip
     """Write dataset.json, the last file of a dataset."""
     manifest = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": NAMED_VERSION if sources else VERSION,
+        **({"sources": list(sources)} if sources else {}),
         "tokenizer_sha256": tokenizer.sha256,
         "end_of_text": tokenizer.end_of_text,
         "vocab_size": tokenizer.vocab_size,
@@ -224,15 +254,16 @@ def open_dataset(directory: Path) -> Dataset:
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+        if manifest["format"] != FORMAT or manifest["version"] not in (VERSION, NAMED_VERSION):
             raise DataError(
                 f"dataset {path}: is {manifest['format']!r} version {manifest['version']}, this groundup reads "
-                f"{FORMAT!r} version {VERSION}; prepare it again"
+                f"{FORMAT!r} version {VERSION} or {NAMED_VERSION}; prepare it again"
             )
+        sources = _source_names(manifest) if manifest["version"] == NAMED_VERSION else ()
         splits = {
             name: Split(tuple(_shard(shard) for shard in manifest["splits"][name]["shards"]),
                         int(manifest["splits"][name]["documents"]), int(manifest["splits"][name]["bytes"]))
-            for name in SPLITS
+            for name in (split_key(split, source) for split in SPLITS for source in sources or (None,))
         }  # fmt: skip
         tokenizer = load_tokenizer(directory)
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
@@ -251,7 +282,14 @@ def open_dataset(directory: Path) -> Dataset:
             raise DataError(f"dataset {path}: shard name {tampered[0]!r} is not one that groundup writes")
         for shard in split.shards:
             _require_size(directory / shard.name, shard, dtype)
-    return Dataset(directory, tokenizer, dtype, splits, manifest)
+    return Dataset(directory, tokenizer, dtype, splits, manifest, sources)
+
+
+def _source_names(manifest: dict[str, Any]) -> tuple[str, ...]:
+    names = manifest["sources"]
+    if not names or not all(re.fullmatch(SOURCE_NAME, name) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"sources {names!r} are no names")
+    return tuple(names)
 
 
 def _shard(described: dict[str, Any]) -> Shard:
@@ -261,23 +299,29 @@ def _shard(described: dict[str, Any]) -> Shard:
     return shard
 
 
-def require_windows(dataset: Dataset, length: int, splits: Sequence[str] = SPLITS) -> None:
+def require_windows(dataset: Dataset, length: int, splits: Sequence[str] = SPLITS, source: str | None = None) -> None:
     """
-    Every split must hold at least one window and its target.
+    Every split must hold at least one window and its target; of a dataset with named sources that of each.
+
+    Args:
+        length: tokens in a window.
+        source: only this named source.
 
     Raises:
         DataError: with the numbers, and what to change.
     """
     advice = {
         "train": "add text, or lower --n-positions",
-        "validation": "raise --validation-fraction, give --validation-source, or lower --n-positions",
+        "validation": f"raise --validation-fraction, {'' if dataset.sources else 'give --validation-source, '}or lower "
+        "--n-positions",
     }
-    for name in splits:
-        tokens = dataset.splits[name].tokens
+    names: Sequence[str | None] = (source,) if source else dataset.sources or (None,)
+    for split, name in ((split, name) for name in names for split in splits):
+        tokens = dataset.split(split, name).tokens
         if tokens < length + 1:
             raise DataError(
-                f"dataset {dataset.directory}: {name} has {tokens:,} tokens, one window of n_positions {length} needs "
-                f"{length + 1:,}; {advice[name]}"
+                f"dataset {dataset.directory}: {split_key(split, name)} has {tokens:,} tokens, one window of n_positions "
+                f"{length} needs {length + 1:,}; {advice[split]}"
             )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from groundup.errors import CheckpointError, ConfigError, DataError
 from groundup.interop.gguf_tokenizer import add_tokenizer, tokenizer_of
-from groundup.interop.huggingface import checked_weight
+from groundup.interop.huggingface import checked_weight, require_gpt2
 from groundup.interop.imported import Imported, build_model, fit_vocabulary
 from groundup.interop.pickled import shown
 from groundup.model.gpt2 import GPT2, GPT2Config
@@ -48,12 +48,14 @@ def write_gguf(model: GPT2, tokenizer: Tokenizer, path: Path, dtype: str, name: 
 
     Raises:
         ConfigError: ``gguf`` is not installed, or the dtype is none of these.
-        CheckpointError: weights too large for the dtype, or a tokenizer that llama.cpp would run differently.
+        CheckpointError: a variant of GPT-2, weights too large for the dtype, or a tokenizer that llama.cpp would run
+            differently.
         OSError: the file cannot be written.
     """
     gguf = _library()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}; choose one of them")
+    require_gpt2(model.config, "GGUF")
     writer = _writer(gguf)
     _add_facts(gguf, writer, model.config, dtype, name)
     add_tokenizer(gguf, writer, tokenizer, model.config.vocab_size)

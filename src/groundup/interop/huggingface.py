@@ -1,7 +1,8 @@
 """
 Hugging Face's GPT-2 files: the weights' names and shapes, whole or in shards, config.json, generation_config.json.
 
-The only difference from our modules is that their linear layers are ``Conv1D``: stored (in, out), ours (out, in).
+The only difference from our modules is that their linear layers are ``Conv1D``: stored (in, out), ours (out, in). A variant
+of GPT-2 is written likewise under a model type of its own, which no other program takes for a GPT-2.
 """
 
 import json
@@ -21,6 +22,7 @@ from groundup.errors import CheckpointError
 from groundup.interop.imported import VOCABULARY_ROWS, Imported, build_model, fit_vocabulary
 from groundup.interop.pickled import SAVE_ADVICE, is_pickle, read_pickled, shown
 from groundup.model.gpt2 import GPT2, GPT2Config
+from groundup.model.variants import NORM_POSITIONS, NORMS
 from groundup.tokenizer.tokenizer import load_tokenizer
 
 PREFIX = "transformer."
@@ -33,6 +35,8 @@ INSIDE = ("wte.", "wpe.", "h.", "ln_f.", "lm_head.")
 
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+GPT2_TYPE, VARIANT_TYPE = "gpt2", "groundup_gpt2"
+"""model_type in config.json: of a GPT-2, and of the variants, which have the fields norm and norm_position too."""
 ADAPTER = "adapter_config.json"
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
@@ -56,7 +60,9 @@ def from_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def save_model(model: GPT2, directory: Path, end_of_text_id: int, dtype: torch.dtype = torch.float32) -> None:
     """Write model.safetensors, its numbers of the given type, config.json and generation_config.json."""
-    weights = {name: tensor.to(dtype) for name, tensor in to_hugging_face(model.state_dict()).items()}
+    tensors = to_hugging_face(model.state_dict())
+    # Batch norm counts its batches in whole numbers.
+    weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     config = config_to_hugging_face(model.config, end_of_text_id) | {"dtype": str(dtype).removeprefix("torch.")}
     generation = {"bos_token_id": end_of_text_id, "eos_token_id": end_of_text_id}
@@ -65,10 +71,12 @@ def save_model(model: GPT2, directory: Path, end_of_text_id: int, dtype: torch.d
 
 
 def config_to_hugging_face(config: GPT2Config, end_of_text_id: int) -> dict[str, Any]:
-    """config.json of a GPT-2."""
+    """config.json of a GPT-2, or of a variant, which has another ``model_type``: transformers refuses it as unknown."""
+    kind = {"architectures": ["GPT2LMHeadModel"], "model_type": GPT2_TYPE}
+    if config.is_variant:
+        kind = {"model_type": VARIANT_TYPE, "norm": config.norm, "norm_position": config.norm_position}
     return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
+        **kind,
         "activation_function": config.activation_function,
         "vocab_size": config.vocab_size,
         "n_positions": config.n_positions,
@@ -123,6 +131,11 @@ def read_hugging_face(directory: Path) -> Imported:
             "merge_and_unload(), then save_pretrained()"
         )
     config, raw, origin = _read_folder(directory)
+    if config.is_variant:
+        raise CheckpointError(
+            f"checkpoint {directory}: is a variant of GPT-2 that groundup trained; give the whole checkpoint or its run, with "
+            "its manifest.json"
+        )
     named = _renamed(raw, origin)
     beside = {name for name in named if not name.startswith(INSIDE)}
     tensors = {name: checked_weight(name, tensor, str(origin)) for name, tensor in named.items() if name not in beside}
@@ -313,9 +326,8 @@ def _read_shards(shards: Mapping[Path, set[str]], index: Path) -> dict[str, Tens
 
 # transformers' names of the two forms of GELU.
 ACTIVATIONS = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu": "gelu"}
-# What other values of these mean is another computation than GPT-2's.
+# What other values of these mean is another computation than GPT-2's, or its variants'.
 REQUIRED = {
-    "model_type": "gpt2",
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
@@ -324,17 +336,15 @@ REQUIRED = {
 
 def read_config(path: Path) -> GPT2Config:
     """
-    The shape of a GPT-2 from a config.json.
+    The shape of a GPT-2, or of a variant of groundup's, from a config.json.
 
     Raises:
         CheckpointError: missing, damaged, of another family, or of values that mean another computation.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        raw.setdefault("model_type", None)
         raw["n_inner"] = raw.get("n_inner") or 0
-        if isinstance(raw["model_type"], str) and raw["model_type"] != "gpt2":
-            raise CheckpointError(f"checkpoint {path}: a {shown(raw['model_type'])} model; groundup imports GPT-2")
+        _require_family(raw, path)
         for name, required in REQUIRED.items():
             if raw.get(name, required) != required:
                 raise CheckpointError(f"checkpoint {path}: {name} is {raw[name]!r}, GPT-2 has {required!r}: another model")
@@ -361,3 +371,36 @@ def read_config(path: Path) -> GPT2Config:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read as a GPT-2's config.json ({error})") from None
     return config
+
+
+def _require_family(raw: Mapping[str, Any], path: Path) -> None:
+    """See that a config.json is of a GPT-2, which has GPT-2's norms, or of a variant, which says its own."""
+    family = raw.get("model_type")
+    if isinstance(family, str) and family not in (GPT2_TYPE, VARIANT_TYPE):
+        raise CheckpointError(f"checkpoint {path}: a {shown(family)} model; groundup imports GPT-2")
+    if family not in (GPT2_TYPE, VARIANT_TYPE):
+        raise CheckpointError(f"checkpoint {path}: model_type is {family!r}, GPT-2 has {GPT2_TYPE!r}: another model")
+    for name, known in (("norm", tuple(NORMS)), ("norm_position", NORM_POSITIONS)):
+        allowed = known if family == VARIANT_TYPE else known[:1]
+        value = raw.get(name, known[0] if family == GPT2_TYPE else None)
+        if value not in allowed:
+            raise CheckpointError(
+                f"checkpoint {path}: {name} is {shown(value)}, a {family} model has {' or '.join(allowed)}: another model"
+            )
+
+
+def require_gpt2(config: GPT2Config, form: str) -> None:
+    """
+    Refuse a variant where other programs are to open what is written.
+
+    Args:
+        form: what is to be written, for the message.
+
+    Raises:
+        CheckpointError: the model has norms that GPT-2 has not.
+    """
+    if config.is_variant:
+        raise CheckpointError(
+            f"export: this model has norm {config.norm} and norm_position {config.norm_position}, which {form} cannot express: "
+            "whoever opens it computes GPT-2's, layer and pre; share the checkpoint's folder, which groundup opens"
+        )

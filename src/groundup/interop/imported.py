@@ -8,6 +8,7 @@ from torch import Tensor
 
 from groundup.errors import CheckpointError
 from groundup.model.gpt2 import GPT2, GPT2Config
+from groundup.model.variants import build_gpt2
 from groundup.tokenizer.tokenizer import Tokenizer
 
 VOCABULARY_ROWS = ("wte.weight", "lm_head.weight")
@@ -79,8 +80,9 @@ def build_model(config: GPT2Config, tensors: Mapping[str, Tensor], origin: str) 
         CheckpointError: names or shapes are not those of the configuration.
     """
     with torch.device("meta"):
-        model = GPT2(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        model = build_gpt2(config)
+    state = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
         wrong = [
@@ -89,7 +91,8 @@ def build_model(config: GPT2Config, tensors: Mapping[str, Tensor], origin: str) 
             if expected.get(name) != found.get(name)
         ]
         raise CheckpointError(f"checkpoint {origin}: {len(wrong)} tensors do not fit the model: {'; '.join(wrong[:10])}")
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    # Float32, but for batch norm's count of batches.
+    model.load_state_dict({name: tensor.to(state[name].dtype) for name, tensor in tensors.items()}, assign=True)
     return model.eval()
 
 
@@ -116,3 +119,21 @@ def with_context(model: GPT2, n_positions: int, origin: str) -> GPT2:
     repeated = positions.repeat(-(-n_positions // positions.size(0)), 1)[:n_positions]
     tensors = {**model.state_dict(), "wpe.weight": repeated.contiguous()}
     return build_model(replace(model.config, n_positions=n_positions), tensors, origin)
+
+
+def with_vocabulary(model: GPT2, vocab_size: int) -> GPT2:
+    """
+    The same model with rows for ids after its last one, each the mean of those that are there; the head's too if its own.
+
+    A mean scores like an average token, so that what the model knew stays nearly as likely as it was; a random row can score
+    above all others (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+
+    Args:
+        vocab_size: at least the model's.
+    """
+    new = vocab_size - model.config.vocab_size
+    tensors = {
+        name: torch.cat([tensor, tensor.mean(0, keepdim=True).expand(new, -1)]) if name in VOCABULARY_ROWS else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    return build_model(replace(model.config, vocab_size=vocab_size), tensors, "with more ids")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from groundup.errors import CheckpointError, DataError
-from groundup.interop.huggingface import checked_weight
+from groundup.interop.huggingface import checked_weight, require_gpt2
 from groundup.interop.imported import Imported, build_model, fit_vocabulary
 from groundup.interop.tensor_bundle import DTYPES, Bundle, read_bundle, write_bundle
 from groundup.model.gpt2 import GPT2, GPT2Config
@@ -84,6 +84,7 @@ def write_openai(model: GPT2, tokenizer: Tokenizer, directory: Path) -> None:
         OSError: the directory cannot be written.
     """
     config = model.config
+    require_gpt2(config, "openai-state-dict")
     _check_expressible(config, tokenizer)
     _write_tokenizer(tokenizer, directory)
     sizes = (config.vocab_size, config.n_positions, config.n_embd, config.n_head, config.n_layer)

@@ -9,13 +9,14 @@ Dimensions, named once:
 Modules have GPT-2's names (wte, wpe, h, ln_1, attn.c_attn, mlp.c_fc, ln_f), so that state dicts compare by eye.
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from groundup.errors import ConfigError
 from groundup.model.kv_cache import KVCache
 
 
@@ -35,10 +36,29 @@ class GPT2Config:
     attn_pdrop: float = 0.0
     activation_function: str = "gelu_new"
     """GELU in the MLP: ``gelu_new``, its tanh form, which GPT-2 has; or ``gelu``, exact, which nanoGPT has."""
+    norm: str = "layer"
+    """Normalisation: ``layer``, which GPT-2 has; ``rms``, ``batch`` or ``none`` are variants, see ``model.variants``."""
+    norm_position: str = "pre"
+    """Before each part of a block, ``pre``, as in GPT-2; or after its sum, ``post``, as in GPT-1: a variant."""
     layer_norm_epsilon: float = 1e-5
+    """Epsilon of the norms, whichever they are."""
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     """Whether the head is the token embedding, as in GPT-2; else it is a matrix of its own, ``lm_head``."""
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether this computes something else than a GPT-2, for which other programs would take it."""
+        return (self.norm, self.norm_position) != ("layer", "pre")
+
+
+Norm = Callable[[GPT2Config], nn.Module]
+"""Makes a normalisation layer: (B, T, C) to (B, T, C)."""
+
+
+def layer_norm(config: GPT2Config) -> nn.Module:
+    """Layer normalisation (Ba et al. 2016): each vector to mean 0 and variance 1, then scaled and shifted."""
+    return nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
 
 class Attention(nn.Module):
@@ -89,11 +109,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A transformer block with layer norm before each part (GPT-2, section 2.3)."""
 
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: GPT2Config, norm: Norm = layer_norm):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_1 = norm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
@@ -103,17 +123,41 @@ class Block(nn.Module):
         return x  # noqa: RET504 - the two residual lines are the figure
 
 
-class GPT2(nn.Module):
-    """Token and position embeddings, blocks, a last layer norm; the head is the token embedding unless it is untied."""
+@dataclass(frozen=True)
+class Parts:
+    """What a GPT-2 is put together from; a variant hands in others."""
 
-    def __init__(self, config: GPT2Config):
+    block: Callable[[GPT2Config, Norm], nn.Module] = Block
+    norm: Norm = layer_norm
+    """In the blocks, ln_1 and ln_2."""
+    last_norm: Norm = layer_norm
+    """After the last block, ln_f."""
+
+
+GPT2_PARTS = Parts()
+
+
+class GPT2(nn.Module):
+    """
+    Token and position embeddings, blocks, a last layer norm; the head is the token embedding unless it is untied.
+
+    Raises:
+        ConfigError: the configuration is of a variant, and no parts were given: ``model.variants.build_gpt2`` gives them.
+    """
+
+    def __init__(self, config: GPT2Config, parts: Parts = GPT2_PARTS):
         super().__init__()
+        if parts is GPT2_PARTS and config.is_variant:
+            raise ConfigError(
+                f"norm: {config.norm}, {config.norm_position}-norm is a variant of GPT-2; build it with "
+                "groundup.model.variants.build_gpt2"
+            )
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.h = nn.ModuleList(parts.block(config, parts.norm) for _ in range(config.n_layer))
+        self.ln_f = parts.last_norm(config)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -142,26 +186,3 @@ class GPT2(nn.Module):
     def head_weight(self) -> Tensor:
         """The output matrix (V, C): the token embedding itself, where the two are tied."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
-
-
-def initialize(model: GPT2, generator: torch.Generator) -> None:
-    """
-    GPT-2's initial weights: normal matrices, zero biases, unit norms.
-
-    The layers that write into the residual stream are scaled down by the root of their number (section 2.3), and
-    positions start smaller than tokens (https://github.com/openai/gpt-2/blob/master/src/model.py, ``wpe``).
-    """
-    std = model.config.initializer_range
-    residual_std = std / math.sqrt(2 * model.config.n_layer)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif ".ln_" in name or name.startswith("ln_f"):
-                parameter.fill_(1.0)
-            elif name.endswith("c_proj.weight"):
-                parameter.normal_(0.0, residual_std, generator=generator)
-            elif name.startswith("wpe"):
-                parameter.normal_(0.0, std / 2, generator=generator)
-            else:
-                parameter.normal_(0.0, std, generator=generator)

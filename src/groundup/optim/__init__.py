@@ -1,1 +1,1 @@
-"""Decay groups and learning-rate schedules."""
+"""Optimizers, their decay groups, and learning-rate schedules."""

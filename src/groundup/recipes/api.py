@@ -35,7 +35,7 @@ Sources = str | Path | Sequence[str | Path]
 
 
 def prepare(sources: Sources, output_dir: str | Path, **options: Any) -> Dataset:
-    """Make a dataset from text: ``groundup prepare``."""
+    """Make a dataset from text: ``groundup prepare``; with ``source=`` from sources with names and weights, and ``[]``."""
     with progress() as shown:
         return prepare_dataset(_names(sources), Path(output_dir), _settings(PREPARE_GROUPS, options), shown.say)
 
@@ -62,6 +62,7 @@ def open_training(sources: Sources, output_dir: str | Path, **options: Any) -> I
                 print(step.step, step.loss)
             print(training.evaluate())
             training.save()
+            training.prune()  # keeps save_total_limit checkpoints
     """
     settings = _settings(TRAIN_GROUPS, options)
     with (
@@ -71,10 +72,15 @@ def open_training(sources: Sources, output_dir: str | Path, **options: Any) -> I
         yield training
 
 
-def load(path: str | Path) -> Loaded:
-    """Model and tokenizer of a run's newest checkpoint, a checkpoint, or whatever ``groundup import`` reads."""
+def load(path: str | Path, weights: str = "trained") -> Loaded:
+    """
+    Model and tokenizer of a run's newest checkpoint, a checkpoint, or whatever ``groundup import`` reads.
+
+    Args:
+        weights: trained, or ema: their moving average, where the run kept one.
+    """
     with progress() as shown:
-        return load_checkpoint(Path(path), shown.say)
+        return load_checkpoint(Path(path), shown.say, weights)
 
 
 def evaluate(path: str | Path, **options: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ Type the beginning of a text; the model goes on from it. Ctrl-C stops an answer,
   /NAME VALUE           change a setting, e.g. /temperature 0.5; /NAME default undoes it
   /help, /quit"""
 # These make no sense for one prompt at a time.
-NOT_HERE = ("prompt", "prompt_file", "top_logprobs", "batch_size")
+NOT_HERE = ("prompt", "prompt_file", "prefix", "suffix", "top_logprobs", "batch_size")
 
 
 def converse(path: Path, settings: Settings, say: Say, stream: Say, ask: Callable[[str], str] = input) -> None:

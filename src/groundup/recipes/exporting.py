@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from groundup.config.load import Settings
-from groundup.config.options import ExportOptions
+from groundup.config.options import ExportOptions, WeightsOptions
 from groundup.errors import CheckpointError, ConfigError
 from groundup.interop.gguf_files import largest_logit_difference, read_gguf, write_gguf
-from groundup.interop.huggingface import load_model, save_model
+from groundup.interop.huggingface import load_model, require_gpt2, save_model
 from groundup.interop.model_card import card_of_checkpoint
 from groundup.interop.openai import read_openai, write_openai
 from groundup.model.flops import parameter_count
@@ -46,7 +46,8 @@ def export(path: Path, target: Path, settings: Settings, say: Say) -> dict[str, 
     if options.format == "hf" and target.suffix == ".gguf":
         raise ConfigError(f"format: hf makes a folder, and {target} is the name of a GGUF file; add --format gguf")
     require_new(target)
-    loaded = load_checkpoint(path, say)
+    loaded = load_checkpoint(path, say, settings[WeightsOptions].weights)
+    require_gpt2(loaded.model.config, options.format)
     with explained_memory_errors(), new_place(target, "export") as staged:
         if options.format == "gguf":
             if options.dtype == "q8_0" and loaded.model.config.n_embd % 32:

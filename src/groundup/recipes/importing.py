@@ -49,7 +49,7 @@ def import_model(source: str, target: Path, settings: Settings, say: Say) -> dic
         imported = fitted(imported, named, source)
     tokenizer = imported.tokenizer
     assert tokenizer is not None  # one of the two
-    if named is not None and not named.gives_the_ids_of(tokenizer):
+    if named is not None and not tokenizer.gives_the_ids_of(named):
         raise ConfigError(
             f"tokenizer: {options.tokenizer!r} (from {settings.origins['tokenizer']}) is not the one that {source} holds; "
             "leave --tokenizer out"

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
-from groundup.config.load import Settings, contradictions
+from groundup.config.load import Settings
 from groundup.config.options import InitialWeightsOptions, ModelOptions, TokenizerOptions
+from groundup.config.rules import contradictions
 from groundup.data.shards import Dataset
 from groundup.errors import ConfigError
 from groundup.interop.huggingface import read_config
-from groundup.interop.imported import Imported, build_model, fitted, with_context
+from groundup.interop.imported import Imported, build_model, fitted, with_context, with_vocabulary
 from groundup.model.flops import parameter_count
 from groundup.model.gpt2 import GPT2, GPT2Config
 from groundup.recipes.loading import is_ours, load_checkpoint
@@ -23,7 +24,17 @@ from groundup.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 Say = Callable[[str], None]
 # What the weights decide. The context may be changed; dropout and the like are the new run's own.
-SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "activation_function", "layer_norm_epsilon", "tie_word_embeddings")
+SHAPE = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "n_inner",
+    "activation_function",
+    "norm",
+    "norm_position",
+    "layer_norm_epsilon",
+    "tie_word_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ def starting_point(settings: Settings, checkpoint: Path | None, say: Say) -> Sta
                 "the ids of one; name that one, usually --tokenizer gpt2"
             )
         named = None if name == "bpe" else tokenizer_named(name)
-        if tokenizer is not None and (named is None or not named.gives_the_ids_of(tokenizer)):
+        if tokenizer is not None and (named is None or not tokenizer.gives_the_ids_of(named)):
             raise ConfigError(
                 f"tokenizer: {name!r} (from {settings.origins['tokenizer']}) is not the one that {source} was trained with; "
                 "leave --tokenizer out"
@@ -85,8 +96,13 @@ def starting_point(settings: Settings, checkpoint: Path | None, say: Say) -> Sta
 
 
 def initial_model(weights: Imported, config: GPT2Config, tokenizer: Tokenizer, source: str, say: Say) -> GPT2:
-    """The weights in a model of the run's configuration: vocabulary and context fitted."""
-    fitting = fitted(weights, tokenizer, source)
+    """
+    The weights in a model of the run's configuration: vocabulary and context fitted.
+
+    Args:
+        tokenizer: of the data, where the weights have none.
+    """
+    fitting = fitted(weights, weights.tokenizer or tokenizer, source)
     say_report(replace(fitting, missing=(), unexpected=(), reshaped=fitting.reshaped[len(weights.reshaped) :]), say)
     model = fitting.model
     had, wanted = model.config.n_positions, config.n_positions
@@ -99,6 +115,9 @@ def initial_model(weights: Imported, config: GPT2Config, tokenizer: Tokenizer, s
         )
     if wanted != had:
         model = with_context(model, wanted, source)
+    if (added := config.vocab_size - model.config.vocab_size) > 0:
+        say(f"vocabulary: {added} special tokens are NEW: they begin as the mean of the others")
+        model = with_vocabulary(model, config.vocab_size)
     return build_model(config, model.state_dict(), source)
 
 
@@ -109,12 +128,19 @@ def require_tokenizer(start: Start, dataset: Dataset, source: str) -> None:
     Raises:
         ConfigError: the data was made with another tokenizer.
     """
-    if start.tokenizer is not None and not dataset.tokenizer.gives_the_ids_of(start.tokenizer):
+    if start.tokenizer is not None and larger(start.tokenizer, dataset.tokenizer) is None:
         raise ConfigError(
             f"tokenizer: {dataset.directory} was made with another tokenizer than {source} was trained with "
             f"({dataset.tokenizer.vocab_size:,} and {start.tokenizer.vocab_size:,} ids); give the text itself, or prepare it "
             f"with --tokenizer and the tokenizer of {source}"
         )
+
+
+def larger(one: Tokenizer, other: Tokenizer) -> Tokenizer | None:
+    """The tokenizer that has all ids of the other, and special tokens of its own perhaps; None where neither has."""
+    if one.gives_the_ids_of(other):
+        return one
+    return other if other.gives_the_ids_of(one) else None
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...], origin: str) -> list[str]:

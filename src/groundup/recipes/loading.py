@@ -1,9 +1,14 @@
 """Find and open what a user points at: a run, a checkpoint, a Hugging Face folder, a dataset."""
 
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from groundup.checkpoint.commit import FORMAT, MANIFEST, Say, checkpoints, verify
+import torch
+
+from groundup.checkpoint.average import load_average
+from groundup.checkpoint.commit import FORMAT, MANIFEST, Say, checkpoints, step_of, verify
+from groundup.config.options import SelectionOptions
 from groundup.data.foreign import foreign_shards, open_foreign_dataset
 from groundup.data.shards import MANIFEST as DATASET_MANIFEST
 from groundup.data.shards import Dataset, open_dataset
@@ -12,8 +17,12 @@ from groundup.errors import CheckpointError, ConfigError
 from groundup.interop.huggingface import load_model
 from groundup.model.gpt2 import GPT2
 from groundup.recipes.prepare import tokenizer_named
+from groundup.recipes.selection import best_of
 from groundup.recipes.weights import open_weights, say_report, tokenizer_hint
 from groundup.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from groundup.tracking.metrics import METRICS, read_rows
+
+CONFIG = "config.toml"
 
 
 @dataclass(frozen=True)
@@ -25,17 +34,23 @@ class Loaded:
     checkpoint: Path
 
 
-def load_checkpoint(path: Path, say: Say) -> Loaded:
+def load_checkpoint(path: Path, say: Say, weights: str = "trained") -> Loaded:
     """
     Open a run's newest good checkpoint, a checkpoint, or whatever else ``open_weights`` reads.
 
-    Reading changes nothing: a damaged checkpoint is reported and passed over, not moved.
+    Of a run that ends with its best checkpoint (load_best_model_at_end) it is the best. Reading changes nothing: a damaged
+    checkpoint is reported and passed over, not moved.
+
+    Args:
+        weights: trained, or ema: their moving average.
 
     Raises:
-        CheckpointError: nothing there, or damaged, or model and tokenizer do not fit each other.
+        CheckpointError: nothing there, or damaged, or model and tokenizer do not fit each other; or no averaged weights.
         ConfigError: the files hold no tokenizer.
     """
     if not is_ours(path):
+        if weights != "trained":
+            raise CheckpointError(f"checkpoint {path}: only checkpoints of groundup hold averaged weights; leave --weights out")
         imported = open_weights(str(path), say)
         if imported.tokenizer is None:
             raise ConfigError(
@@ -51,6 +66,12 @@ def load_checkpoint(path: Path, say: Say) -> Loaded:
             f"checkpoint {checkpoint}: its tokenizer has {tokenizer.vocab_size:,} ids, the model knows "
             f"{model.config.vocab_size:,}; they belong to different models"
         )
+    if weights == "ema":
+        own = dict(model.named_parameters()) | dict(model.named_buffers())
+        average = load_average(checkpoint, own)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(average[name])
     return Loaded(model, tokenizer, checkpoint)
 
 
@@ -102,7 +123,8 @@ def open_any_dataset(path: Path, tokenizer: Tokenizer | str | None) -> Dataset:
 
 def _newest_readable(run: Path, say: Say) -> Path:
     problems = []
-    for path in reversed(checkpoints(run)):
+    best = _best(run)
+    for path in ([best] if best else []) + checkpoints(run)[::-1]:
         try:
             verify(path)
             return path
@@ -112,3 +134,17 @@ def _newest_readable(run: Path, say: Say) -> Path:
     if problems:
         raise CheckpointError(f"run {run}: none of its {len(problems)} checkpoints is good: {problems[0]}")
     raise CheckpointError(f"checkpoint {run}: no checkpoint in it; has its training saved one yet?")
+
+
+def _best(run: Path) -> Path | None:
+    """The best checkpoint of a run that is to end with it; None for other runs, and where it cannot be told."""
+    try:
+        document = tomllib.loads((run / CONFIG).read_text(encoding="utf-8"))
+        options = SelectionOptions(**document["selection"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not options.load_best_model_at_end:
+        return None
+    saved = {step_of(path): path for path in checkpoints(run)}
+    best = best_of([row for row in read_rows(run / METRICS) if row["step"] in saved], options)
+    return saved[best.step] if best else None

@@ -9,18 +9,22 @@ from typing import Any
 from groundup.checkpoint.commit import checkpoints
 from groundup.config.load import Settings
 from groundup.config.options import DataOptions, TokenizerOptions
+from groundup.data.named import EXAMPLE, NamedSource, named_sources
 from groundup.data.prepare import PrepareRequest, counted, prepare, survey
-from groundup.data.shards import MANIFEST, Dataset, open_dataset
-from groundup.data.sources import STDIN, ReadOptions, is_run
+from groundup.data.shards import MANIFEST, SPLITS, Dataset, open_dataset
+from groundup.data.sources import STDIN, ReadOptions, is_groundup_output, is_run
 from groundup.errors import ConfigError, DataError
 from groundup.runtime.files import explained_os_errors
 from groundup.tokenizer.gpt2_files import gpt2_tokenizer
+from groundup.tokenizer.special import FILE_SEPARATOR
 from groundup.tokenizer.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from groundup.tokenizer.training import train_bpe
 
 Say = Callable[[str], None]
 DATASET = "dataset"
 """The folder in a run that holds the dataset made for it."""
+OF_THE_WEIGHTS = "of the weights"
+"""Stands in a dataset for a tokenizer that no option named."""
 
 
 def prepare_dataset(
@@ -31,26 +35,39 @@ def prepare_dataset(
     *,
     replace: bool = False,
     tokenizer: Tokenizer | None = None,
+    tokenizer_origin: str = OF_THE_WEIGHTS,
+    named: Sequence[NamedSource] | None = None,
 ) -> Dataset:
     """
     Make a dataset from sources, or use the one that is there when it was made from the same.
 
     Args:
+        sources: plain ones; none where the option ``source`` names some.
         replace: make it anew where it was made from something else, instead of refusing.
         tokenizer: this one, instead of what the option names.
+        tokenizer_origin: what the dataset says of that tokenizer.
+        named: these sources with names, instead of those of the option.
 
     Raises:
-        ConfigError: no sources; or the target holds another dataset, or something else.
+        ConfigError: no sources, or plain ones and named ones; or the target holds another dataset, or something else.
         DataError: a source is missing, empty or damaged.
     """
-    if not sources and not settings[DataOptions].validation_source:
+    named = sources_with_names(sources, settings) if named is None else named
+    paths = [source.path for source in named] or sources
+    if not paths and not settings[DataOptions].validation_source:
         raise ConfigError("sources: none given; give files or folders, - for standard input, or python-stdlib")
-    for source in (*sources, *settings[DataOptions].validation_source):
+    for source in (*paths, *settings[DataOptions].validation_source):
         if is_run(Path(source)):
             raise ConfigError(f"source {source}: is a run, not text; the data that it was trained on is {source}/{DATASET}")
-    request = _request(sources, settings)
+    for part in named:
+        if is_groundup_output(Path(part.path)):
+            raise ConfigError(
+                f"source {part.path} ({part.name}): is a dataset that is prepared already; leave it out here, and give it to "
+                "`groundup train --source`, which mixes it as it is"
+            )
+    request = _request(paths, settings, tuple(source.name for source in named))
     if tokenizer is not None:
-        request = dataclasses.replace(request, tokenizer="of the weights")
+        request = dataclasses.replace(request, tokenizer=tokenizer_origin)
     with explained_os_errors(target, "prepare"):
         exists = (target / MANIFEST).is_file()
     if exists:
@@ -66,6 +83,34 @@ def prepare_dataset(
     dataset = prepare(request, target, builder, settings[DataOptions].workers, say)
     report(dataset, say)
     return dataset
+
+
+def sources_with_names(sources: Sequence[str], settings: Settings) -> tuple[NamedSource, ...]:
+    """
+    The sources that the option ``source`` names, with their weights; () where it names none.
+
+    Raises:
+        ConfigError: plain sources are given too; or an option that named ones have no use for, or a malformed one.
+    """
+    data, origins = settings[DataOptions], settings.origins
+    if not data.source:
+        return ()
+    if sources:
+        raise ConfigError(
+            f"sources: {', '.join(sources)} and --source {data.source[0]} (from {origins['source']}) cannot be mixed; give all "
+            f"of them as --source {EXAMPLE}"
+        )
+    if data.validation_source:
+        raise ConfigError(
+            f"validation_source: {data.validation_source[0]} (from {origins['validation_source']}) has no place beside "
+            "--source, whose sources are each evaluated on a share of their own (--validation-fraction); leave it out"
+        )
+    if not data.validation_fraction:
+        raise ConfigError(
+            f"validation_fraction: 0 (from {origins['validation_fraction']}) leaves nothing to evaluate each --source on; give "
+            "more than 0"
+        )
+    return named_sources(data.source, origins["source"])
 
 
 def report(dataset: Dataset, say: Say) -> None:
@@ -87,11 +132,15 @@ def report(dataset: Dataset, say: Say) -> None:
 def summary(dataset: Dataset) -> dict[str, Any]:
     """What ``prepare --json`` prints."""
     facts = dataset.manifest
+
+    def tokens(source: str | None = None) -> dict[str, int]:
+        return {f"{split}_tokens": dataset.split(split, source).tokens for split in SPLITS}
+
     return {
         "dataset": str(dataset.directory),
         "documents": facts["documents"],
-        "train_tokens": dataset.splits["train"].tokens,
-        "validation_tokens": dataset.splits["validation"].tokens,
+        **tokens(),
+        **({"sources": {name: tokens(name) for name in dataset.sources}} if dataset.sources else {}),
         "bytes": facts["bytes"],
         "vocab_size": dataset.tokenizer.vocab_size,
         "skipped": facts["skipped"],
@@ -121,7 +170,7 @@ def _tokenizer_builder(settings: Settings) -> Callable[[Iterable[str]], Tokenize
     return lambda texts: tokenizer
 
 
-def _request(sources: Sequence[str], settings: Settings) -> PrepareRequest:
+def _request(sources: Sequence[str], settings: Settings, names: tuple[str, ...]) -> PrepareRequest:
     data, tokenizer = settings[DataOptions], settings[TokenizerOptions]
     if [*sources, *data.validation_source].count(STDIN) > 1:
         raise ConfigError("sources: - (standard input) is given twice; it can be read once")
@@ -134,6 +183,8 @@ def _request(sources: Sequence[str], settings: Settings) -> PrepareRequest:
         tokenizer=tokenizer.tokenizer,
         vocab_size=tokenizer.vocab_size,
         tokenizer_train_bytes=tokenizer.tokenizer_train_bytes,
+        names=names,
+        path_context=data.path_context,
     )
 
 
@@ -146,16 +197,21 @@ def _reuse(request: PrepareRequest, target: Path, say: Say, tokenizer: Tokenizer
     by_path = request.tokenizer not in ("bpe", "byte", "gpt2") and was["tokenizer"] not in ("bpe", "byte", "gpt2")
     if by_path:
         keys.remove("tokenizer")
-    if differences := [f"{key} {was.get(key)!r} → {now[key]!r}" for key in keys if was.get(key) != now[key]]:
+    keys += [key for key in ("names", "path_context") if key in was and key not in now]
+    if differences := [f"{key} {was.get(key)!r} → {now.get(key)!r}" for key in keys if was.get(key) != now.get(key)]:
         raise ConfigError(
             f"dataset {target}: was made with other options ({'; '.join(differences)}); choose another --output-dir, or "
             "delete it to make it anew"
         )
-    if by_path and (tokenizer or tokenizer_named(request.tokenizer)).sha256 != dataset.tokenizer.sha256:
-        raise ConfigError(
-            f"dataset {target}: was made with another tokenizer than {request.tokenizer} is now; choose another "
-            "--output-dir, or delete it to make it anew"
-        )
+    if by_path:
+        made_with = tokenizer or tokenizer_named(request.tokenizer)
+        if request.path_context:
+            made_with = made_with.with_special_tokens([FILE_SEPARATOR])
+        if not made_with.gives_the_ids_of(dataset.tokenizer):
+            raise ConfigError(
+                f"dataset {target}: was made with another tokenizer than {request.tokenizer} is now; choose another "
+                "--output-dir, or delete it to make it anew"
+            )
     if STDIN in (*request.sources, *request.validation_sources):
         raise ConfigError(
             f"dataset {target}: exists, and standard input cannot be compared with it; to go on, give "

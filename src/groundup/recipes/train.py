@@ -1,7 +1,8 @@
-"""groundup train: text or a dataset to a model. What a run does, in order, is ``train``."""
+"""groundup train: text or a dataset to a model. What a run does, in order, is ``_train_once``."""
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,33 @@ import numpy as np
 
 from groundup.checkpoint.commit import checkpoints, step_of
 from groundup.config.load import Settings
-from groundup.config.options import BatchOptions, InitialWeightsOptions, ModelOptions, RunOptions, SpeedOptions
-from groundup.errors import Stopped
-from groundup.evaluation.measure import byte_frequency_baseline
+from groundup.config.options import (
+    InitialWeightsOptions,
+    ModelOptions,
+    RunOptions,
+    SelectionOptions,
+    SpeedOptions,
+    SpikeOptions,
+    TrackingOptions,
+)
+from groundup.errors import DivergedError, Stopped
+from groundup.evaluation.measure import Evaluation, byte_frequency_baseline
 from groundup.model.flops import parameter_count, training_flops_per_token
-from groundup.recipes.training import SAMPLES, Training, open_training
+from groundup.recipes.record import SAMPLES, add_left_out, read_left_out
+from groundup.recipes.selection import best_of, metric_of, out_of_patience
+from groundup.recipes.spike_report import report_spike
+from groundup.recipes.training import Training, open_training
 from groundup.runtime.device import explained_memory_errors, peak_flops
 from groundup.runtime.files import explained_os_errors
 from groundup.runtime.signals import stop_requests
 from groundup.tracking.metrics import METRICS, append_row, read_rows
 from groundup.tracking.pictures import draw_curves
 from groundup.tracking.progress import Progress, step_line
+from groundup.tracking.sinks import Sinks, open_sinks
 from groundup.training.loop import StepResult
 
 Say = Callable[[str], None]
+ShouldStop = Callable[[], bool]
 BASELINE_TOKENS = 2**24
 """Tokens per split that the byte-frequency baseline counts at most."""
 
@@ -36,93 +50,175 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
 
     Raises:
         Stopped: a signal came; a checkpoint was saved.
-        DivergedError: too many steps in a row were not finite.
+        DivergedError: too many steps in a row were skipped, or the run went back too often.
     """
-    with (
-        explained_os_errors(run, "train"),
-        explained_memory_errors(),
-        open_training(sources, run, settings, progress.say) as training,
-        stop_requests(progress.say) as should_stop,
-    ):
-        options, state, plan = settings[RunOptions], training.state, training.plan
-        saved = state.step
-        if state.step >= plan.total_steps:
-            if options.eval_steps and not _evaluated(training):
-                _evaluate(training, progress, should_stop)
-            draw_curves(read_rows(run / METRICS), run, run.name)
-            progress.say(f"run {run}: already complete at step {state.step:,}; raise --max-steps to go on")
-            return _summary(training, 0.0)
-        _describe(training, progress.say)
-        peak, peak_origin = peak_flops(training.machine, settings[SpeedOptions].peak_tflops)
-        progress.say(f"peak: {peak / 1e12:.2f} TFLOP/s ({peak_origin})")
-        due = options.eval_steps and state.step % options.eval_steps == 0 and not _evaluated(training)
-        if due and not _evaluate(training, progress, should_stop):
-            raise _stopped(state.step, training.save())
+    seconds = 0.0
+    with explained_os_errors(run, "train"), explained_memory_errors(), stop_requests(progress.say) as should_stop:
+        while True:
+            # A run that goes back is set up again, as one that was stopped there: there is one way to go on.
+            with open_training(sources, run, settings, progress.say) as training:
+                finished, spent = _train_once(training, progress, should_stop)
+                seconds += spent
+                if finished:
+                    return _summary(training, seconds)
 
-        seconds = total_seconds = 0.0
-        tokens = 0
+
+def _train_once(training: Training, progress: Progress, should_stop: ShouldStop) -> tuple[bool, float]:
+    """Train to the end, or until the run goes back; returns whether it is the end, and the seconds of all steps."""
+    run, state, plan = training.run, training.state, training.plan
+    options, selection = training.settings[RunOptions], training.settings[SelectionOptions]
+    if _is_complete(training):
+        if options.eval_steps and not _evaluated(training):
+            _evaluate(training, progress, Sinks(), should_stop)
+        draw_curves(read_rows(run / METRICS), run, run.name)
+        progress.say(f"run {run}: already complete at step {state.step:,}; raise --max-steps to go on")
+        return True, 0.0
+    _describe(training, progress.say)
+    peak, peak_origin = peak_flops(training.machine, training.settings[SpeedOptions].peak_tflops)
+    progress.say(f"peak: {peak / 1e12:.2f} TFLOP/s ({peak_origin})")
+    started_at, meter = state.step, _Meter()
+    with _sinks(training, progress.say) as sinks:
+        due = options.eval_steps and state.step % options.eval_steps == 0 and not _evaluated(training)
+        if due and not _evaluate(training, progress, sinks, should_stop):
+            raise _stopped(state.step, training.save())
         for step in training:
-            seconds, total_seconds, tokens = seconds + step.seconds, total_seconds + step.seconds, tokens + step.tokens
+            meter.add(step)
             stopping = should_stop()
             last = stopping or step.step == plan.total_steps
-            if step.skipped:
-                progress.say(
-                    f"step {step.step}: SKIPPED: loss {step.loss}, gradient norm {step.grad_norm} are not finite; "
-                    f"nothing was updated ({state.skipped_steps} skipped so far)"
-                )
-            if step.step == 1 or step.step % options.logging_steps == 0 or last or step.skipped:
-                row = _step_row(training, step, tokens / seconds, peak)
-                append_row(run / METRICS, row)
-                done = step.step - saved
-                progress.step(step_line(row, plan.total_steps, total_seconds / done * (plan.total_steps - step.step)))
-                seconds, tokens = 0.0, 0
+            if _went_back(training, step, progress.say):
+                return False, meter.total_seconds
+            if step.step == 1 or step.step % options.logging_steps == 0 or last or step.skipped or step.health or step.spike:
+                row = _step_row(training, step, meter.tokens_per_second(), peak)
+                _log(training, sinks, row)
+                left = meter.total_seconds / (step.step - started_at) * (plan.total_steps - step.step)
+                progress.step(step_line(row, plan.total_steps, left))
             # Saved before it is evaluated: an evaluation that is killed loses no training.
             checkpoint = None
             if last or (options.save_steps and step.step % options.save_steps == 0):
                 checkpoint = training.save()
             if stopping and checkpoint:
+                training.prune()
                 raise _stopped(step.step, checkpoint)
             due = options.eval_steps and (last or step.step % options.eval_steps == 0)
             # An evaluation that a signal ended is made up for when the run goes on, from this very step.
-            if due and not _evaluate(training, progress, should_stop):
+            if due and not _evaluate(training, progress, sinks, should_stop):
                 raise _stopped(step.step, checkpoint or training.save())
-        draw_curves(read_rows(run / METRICS), run, run.name)
-        return _summary(training, total_seconds)
+            if due and out_of_patience(read_rows(run / METRICS), selection):
+                checkpoint = checkpoint or training.save()
+                progress.say(
+                    f"early stopping at step {step.step:,}: {metric_of(selection)} has not improved for "
+                    f"{selection.early_stopping_patience} evaluations"
+                )
+                last = True
+            if checkpoint:
+                training.prune()
+            if last:
+                break
+    if selection.load_best_model_at_end:
+        _say_best(training, progress.say)
+    draw_curves(read_rows(run / METRICS), run, run.name)
+    return True, meter.total_seconds
+
+
+class _Meter:
+    """Time and tokens of the steps since the last look, and in all."""
+
+    def __init__(self) -> None:
+        self.total_seconds = self._seconds = 0.0
+        self._tokens = 0
+
+    def add(self, step: StepResult) -> None:
+        self.total_seconds += step.seconds
+        self._seconds += step.seconds
+        self._tokens += step.tokens
+
+    def tokens_per_second(self) -> float:
+        speed = self._tokens / self._seconds
+        self._seconds, self._tokens = 0.0, 0
+        return speed
 
 
 def _stopped(step: int, checkpoint: Path) -> Stopped:
     return Stopped(f"stopped at step {step:,} by a signal; {checkpoint} is saved, the same command goes on")
 
 
+def _is_complete(training: Training) -> bool:
+    if training.state.step >= training.plan.total_steps:
+        return True
+    return out_of_patience(read_rows(training.run / METRICS), training.settings[SelectionOptions])
+
+
+def _went_back(training: Training, step: StepResult, say: Say) -> bool:
+    """Say what was unusual about a step; True where the run goes back to its last checkpoint and leaves the batch out."""
+    options, run = training.settings[SpikeOptions], training.run
+    if step.skipped and not step.spike:
+        say(
+            f"step {step.step}: SKIPPED: loss {step.loss}, gradient norm {step.grad_norm} are not finite; "
+            f"nothing was updated ({training.state.skipped_steps} skipped so far)"
+        )
+    if not step.spike:
+        return False
+    what = {"report": "learned from", "skip": "not learned from", "rollback": "left out"}[options.spike_action]
+    path = report_spike(run, training.model, training.course.samples, training.tokenizer, step, training.machine, action=what)
+    say(f"step {step.step}: SPIKE: {step.spike.describe()}; the batch is {what}, and saved as text in {path}")
+    if options.spike_action != "rollback":
+        return False
+    left_out = read_left_out(run)
+    if len(left_out) >= options.max_rollbacks:
+        raise DivergedError(
+            f"diverged: a spike at step {step.step} (loss {step.loss:.4g}, gradient norm {step.grad_norm:.4g}) after going "
+            f"back {len(left_out)} times (max_rollbacks); the checkpoints are as they were; lower --learning-rate"
+        )
+    first, samples = step.positions
+    add_left_out(
+        run,
+        {"step": step.step, "first_sample": first, "samples": samples, "loss": step.loss, "grad_norm": step.grad_norm},
+    )
+    say(f"step {step.step}: going back to the last checkpoint, to go on without these {samples} windows")
+    return True
+
+
 def _describe(training: Training, say: Say) -> None:
     """The run in a few lines, before it starts."""
     plan, config = training.plan, training.model.config
     options, start = training.settings[ModelOptions], training.settings[InitialWeightsOptions].init_from
-    tokenizer = training.dataset.tokenizer
     say(f"device: {training.machine.reason}")
     say(
         f"model: {start or options.model}, {parameter_count(training.model):,} parameters ({config.n_layer} layers, "
         f"{config.n_head} heads, {config.n_embd} wide, context {config.n_positions}, vocabulary {config.vocab_size:,})"
     )
-    passes = len(plan.micro_batches)
+    passes, first = len(plan.micro_batches_at(plan.total_steps)), plan.tokens_at(1)
     say(
         f"batch: {plan.tokens_per_step:,} tokens = {plan.windows_per_step} windows of {config.n_positions}, in {passes} "
-        f"pass{'es' if passes > 1 else ''} of at most {training.settings[BatchOptions].per_device_train_batch_size}"
+        f"pass{'es' if passes > 1 else ''} of at most {plan.per_pass}"
+        + (f"; at first {first:,} tokens" if first != plan.tokens_per_step else "")
+        + (
+            f"; cut into {plan.sequence_length_at(1)} tokens at first"
+            if plan.sequence_length_at(1) < config.n_positions
+            else ""
+        )
     )
     say(
-        f"length: {plan.total_steps:,} steps = {plan.total_steps * plan.tokens_per_step:,} tokens = {plan.epochs:.2f} epochs "
+        f"length: {plan.total_steps:,} steps = {plan.total_windows * plan.n_positions:,} tokens = {plan.epochs:.2f} epochs "
         f"of {plan.windows:,} windows; warmup {plan.warmup_steps:,} steps"
     )
-    train, validation = (training.dataset.stream(split) for split in ("train", "validation"))
     bits = byte_frequency_baseline(
-        train.read(0, min(len(train), BASELINE_TOKENS)),
-        validation.read(0, min(len(validation), BASELINE_TOKENS)),
-        tokenizer.token_bytes,
+        training.corpus.first_tokens("train", BASELINE_TOKENS),
+        training.corpus.first_tokens("validation", BASELINE_TOKENS),
+        training.corpus.tokenizer.token_bytes,
     )
     say(
         f"to beat on validation: {bits:.3f} bits per byte by byte frequencies alone; "
         f"loss {np.log(config.vocab_size):.3f} by guessing evenly"
     )
+
+
+def _say_best(training: Training, say: Say) -> None:
+    selection = training.settings[SelectionOptions]
+    if best := best_of(read_rows(training.run / METRICS), selection):
+        say(
+            f"best: checkpoint-{best.step} with {metric_of(selection)} {best.value:.4f}; commands that are given the run use it"
+        )
 
 
 def _evaluated(training: Training) -> bool:
@@ -131,40 +227,61 @@ def _evaluated(training: Training) -> bool:
     return any(row["step"] == training.state.step and "eval_loss" in row for row in rows)
 
 
-def _evaluate(training: Training, progress: Progress, should_stop: Callable[[], bool]) -> bool:
+def _evaluate(training: Training, progress: Progress, sinks: Sinks, should_stop: ShouldStop) -> bool:
     """Measure, log, sample and draw; False when a signal ended it."""
     result = training.evaluate(should_stop)
-    if result is None:
+    averaged = training.evaluate_average(should_stop) if result is not None else None
+    if result is None or (averaged is None and training.average is not None):
         return False
-    state, rows = training.state, training.run / METRICS
-    append_row(
-        rows,
-        {
-            "step": state.step,
-            "epoch": round(state.samples_seen / training.plan.windows, 6),
-            "eval_loss": result.loss,
-            "eval_perplexity": result.perplexity,
-            "eval_bits_per_byte": result.bits_per_byte,
-            "eval_token_accuracy": result.token_accuracy,
-            "eval_tokens": result.tokens,
-            "num_input_tokens_seen": state.tokens_seen,
-        },
-    )
+    state = training.state
+    row = {
+        "step": state.step,
+        "epoch": round(state.samples_seen / training.plan.windows, 6),
+        **_figures("eval_", result),
+        **{key: value for name, part in result.sources.items() for key, value in _figures(f"eval_{name}_", part).items()},
+        **(_figures("eval_ema_", averaged) if averaged else {}),
+        "num_input_tokens_seen": state.tokens_seen,
+    }
+    _log(training, sinks, row)
+    parts = [f"; {name} {part.loss:.4f}" for name, part in result.sources.items()]
+    parts += [f"; averaged weights {averaged.loss:.4f}"] if averaged else []
     progress.say(
         f"step {state.step:>6,} validation: loss {result.loss:.4f} | perplexity {result.perplexity:,.2f} | "
         f"{result.bits_per_byte:.3f} bits per byte | token accuracy {result.token_accuracy:.1%} | {result.tokens:,} tokens"
+        + "".join(parts)
     )
-    options = training.settings[RunOptions]
+    options = training.settings[TrackingOptions]
     if options.sample_tokens and np.isfinite(result.loss):
         text = training.sample()
         append_row(training.run / SAMPLES, {"step": state.step, "prompt": options.sample_prompt, "text": text})
         progress.say(f"  sample: {json.dumps(options.sample_prompt + text, ensure_ascii=False)}")
-    draw_curves(read_rows(rows), training.run, training.run.name)
+    draw_curves(read_rows(training.run / METRICS), training.run, training.run.name)
     return True
 
 
+def _figures(prefix: str, result: Evaluation) -> dict[str, float]:
+    return {
+        f"{prefix}loss": result.loss,
+        f"{prefix}perplexity": result.perplexity,
+        f"{prefix}bits_per_byte": result.bits_per_byte,
+        f"{prefix}token_accuracy": result.token_accuracy,
+        f"{prefix}tokens": result.tokens,
+    }
+
+
+def _log(training: Training, sinks: Sinks, row: dict[str, Any]) -> None:
+    append_row(training.run / METRICS, row)
+    sinks.log(row)
+
+
+def _sinks(training: Training, say: Say) -> Sinks:
+    names, run = training.settings[TrackingOptions].report_to, training.run
+    config, step = training.settings.flat(), training.state.step
+    return open_sinks(names, run, run_name=run.name, config=config, resumed_step=step, say=say)
+
+
 def _step_row(training: Training, step: StepResult, tokens_per_second: float, peak: float) -> dict[str, Any]:
-    row = {
+    row: dict[str, Any] = {
         "step": step.step,
         "epoch": round(step.epoch, 6),
         "loss": step.loss,
@@ -177,18 +294,27 @@ def _step_row(training: Training, step: StepResult, tokens_per_second: float, pe
     }
     if training.state.skipped_steps:
         row["skipped_steps"] = training.state.skipped_steps
+    if training.course.loss_scaling:
+        row["loss_scale"] = training.state.loss_scale
+    if step.spike:
+        row["spike"] = asdict(step.spike)
+    if step.health:
+        row["health"] = step.health
     return row
 
 
 def _summary(training: Training, seconds: float) -> dict[str, Any]:
-    losses = {r["step"]: r["eval_loss"] for r in read_rows(training.run / METRICS) if r.get("eval_loss") is not None}
+    selection, rows = training.settings[SelectionOptions], read_rows(training.run / METRICS)
+    losses = {r["step"]: r["eval_loss"] for r in rows if r.get("eval_loss") is not None}
     saved = checkpoints(training.run)
-    measured = [path for path in saved if step_of(path) in losses]
-    best = min(measured, key=lambda path: losses[step_of(path)], default=None)
+    kept = {step_of(path) for path in saved}
+    best = best_of([row for row in rows if row["step"] in kept], selection)
+    best_checkpoint = str(training.run / f"checkpoint-{best.step}") if best else None
+    last = str(saved[-1]) if saved else None
     return {
         "steps": training.state.step,
-        "final_checkpoint": str(saved[-1]) if saved else None,
-        "best_checkpoint": str(best) if best else None,
+        "final_checkpoint": best_checkpoint or last if selection.load_best_model_at_end else last,
+        "best_checkpoint": best_checkpoint,
         "eval_loss": losses.get(training.state.step),
         "num_input_tokens_seen": training.state.tokens_seen,
         "seconds": round(seconds, 3),

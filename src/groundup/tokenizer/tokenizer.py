@@ -91,18 +91,62 @@ class Tokenizer:
         return hashlib.sha256(f"{self.json}\0{self.end_of_text}".encode()).hexdigest()
 
     def gives_the_ids_of(self, other: "Tokenizer") -> bool:
-        """Whether both give the same ids to every text, as far as their files show it, however these are spelled."""
-        return self.sha256 == other.sha256 or self._rules() == other._rules() is not None
+        """
+        Whether this gives every text the ids that ``other`` gives it, and knows all its special tokens.
 
+        As far as the files show it, however they are spelled. A tokenizer with more special tokens gives the ids of the one
+        that it was made from, but not the other way round: ``other``'s tokens are never beyond this one's vocabulary.
+        """
+        if self.sha256 == other.sha256:
+            return True
+        return other.special_ids.items() <= self.special_ids.items() and self._rules == other._rules is not None
+
+    @cached_property
     def _rules(self) -> object:
-        """What decides the ids; None where the file does more than this knows."""
+        """What decides the ids of text; None where the file does more than this knows."""
         if (pattern := self._split_pattern()) is None:
             return None
         model = self._spec["model"]
         merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
         switches = {name: value for name, value in model.items() if name not in ("vocab", "merges") and value}
-        vocabulary = self._slow.get_vocab(with_added_tokens=True)
-        return pattern, merges, switches, vocabulary, self.end_of_text_id
+        known = self._slow.get_vocab(with_added_tokens=True).items()
+        return pattern, merges, switches, {token: index for token, index in known if token not in self.special_ids}
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Names of the special tokens, which no text spells, with their ids; end-of-text among them."""
+        special = {token["content"] for token in self._spec.get("added_tokens", []) if token.get("special")}
+        known = self._slow.get_vocab(with_added_tokens=True).items()
+        return {name: index for name, index in sorted(known, key=lambda item: item[1]) if name in special}
+
+    def with_special_tokens(self, names: Sequence[str]) -> "Tokenizer":
+        """
+        The same tokenizer with special tokens after its last id; those that it has already stay where they are.
+
+        All other ids are as before, so token arrays of the one are token arrays of the other.
+
+        Raises:
+            DataError: a name is an ordinary token, or the ids have gaps, so that "after the last" is not certain.
+        """
+        if all(name in self.special_ids for name in names):
+            return self
+        spec, vocabulary = json.loads(self.json), self._slow.get_vocab(with_added_tokens=True)
+        added = {token["content"]: token for token in spec.get("added_tokens", [])}
+        if spelled := [name for name in names if name in vocabulary and name not in added]:
+            raise DataError(
+                f"tokenizer: {spelled[0]!r} is one of its tokens of ordinary text, so it cannot become special; use another one"
+            )
+        for name in added.keys() & set(names):
+            added[name]["special"] = True
+        new = [name for name in dict.fromkeys(names) if name not in added]
+        slow = tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+        slow.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in new])
+        expected = vocabulary | {name: self.vocab_size + number for number, name in enumerate(new)}
+        if slow.get_vocab(with_added_tokens=True) != expected:
+            raise DataError(
+                f"tokenizer: its ids have gaps below {self.vocab_size:,}, so {new[0]} finds no place; use another one"
+            )
+        return Tokenizer(slow.to_str(), self.end_of_text)
 
     def encode(self, text: str) -> TokenArray:
         """
@@ -141,10 +185,9 @@ class Tokenizer:
     def token_bytes(self) -> list[bytes]:
         """The bytes of each token id; empty for special tokens and for unused ids."""
         byte_of = {character: byte for byte, character in enumerate(byte_to_character())}
-        special = {token["content"] for token in self._spec.get("added_tokens", []) if token.get("special")}
         table = [b""] * self.vocab_size
         for token, index in self._slow.get_vocab(with_added_tokens=True).items():
-            if token not in special:
+            if token not in self.special_ids:
                 letters = [byte_of.get(character) for character in token]
                 table[index] = token.encode() if None in letters else bytes(b for b in letters if b is not None)
         return table

@@ -1,0 +1,94 @@
+"""The data of a run: a dataset as it is, or a mixture of sources with names and weights, from text or prepared before."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from groundup.config.load import Settings
+from groundup.data.mixture import Corpus, Part
+from groundup.data.named import NamedSource
+from groundup.data.shards import Dataset
+from groundup.errors import ConfigError
+from groundup.recipes.loading import is_dataset, open_any_dataset
+from groundup.recipes.prepare import OF_THE_WEIGHTS, prepare_dataset, report, tokenizer_named
+from groundup.tokenizer.tokenizer import Tokenizer
+
+Say = Callable[[str], None]
+OF_A_DATASET = "of a dataset"
+"""Stands in a dataset for the tokenizer of another one, with which it is mixed."""
+
+
+def prepare_mixture(
+    named: Sequence[NamedSource],
+    target: Path,
+    settings: Settings,
+    say: Say,
+    *,
+    replace: bool = False,
+    tokenizer: Tokenizer | str | None = None,
+) -> Corpus:
+    """
+    The mixture of named sources: datasets are opened where they are, text is prepared into ``target``.
+
+    Where there are datasets, text is tokenized as they are.
+
+    Args:
+        replace: make ``target`` anew where it was made from something else, instead of refusing.
+        tokenizer: that of the weights to start from, or the option's name for one, where somebody gave it.
+
+    Raises:
+        ConfigError: a dataset has no source of that name, or was made with another tokenizer.
+        DataError: a source is missing, empty or damaged.
+    """
+    prepared = [source for source in named if is_dataset(Path(source.path))]
+    opened = {path: open_any_dataset(Path(path), tokenizer) for path in sorted({source.path for source in prepared})}
+    for dataset in opened.values():
+        report(dataset, say)
+    if not prepared:
+        given, origin = tokenizer if isinstance(tokenizer, Tokenizer) else None, OF_THE_WEIGHTS
+    else:
+        # Checked before any text is read.
+        given, origin = _mixture(prepared, opened).tokenizer, OF_A_DATASET
+        asked = tokenizer_named(tokenizer) if isinstance(tokenizer, str) and tokenizer != "bpe" else None
+        if asked is not None and not given.gives_the_ids_of(asked):
+            raise ConfigError(
+                f"tokenizer: {tokenizer} (from {settings.origins['tokenizer']}), but {prepared[0].path} was made with another; "
+                "leave --tokenizer out, or prepare the text again"
+            )
+    if texts := [source for source in named if source.path not in opened]:
+        made = prepare_dataset(
+            [], target, settings, say, replace=replace, tokenizer=given, tokenizer_origin=origin, named=texts
+        )
+        opened |= {source.path: made for source in texts}
+    return _mixture(named, opened)
+
+
+def open_mixture(named: Sequence[NamedSource], made: Path, tokenizer: Tokenizer) -> Corpus:
+    """
+    The mixture of a run again: datasets where they are, and ``made``, the dataset that was made of its text.
+
+    Args:
+        tokenizer: for .bin files, which do not say theirs.
+
+    Raises:
+        ConfigError: one of them is gone.
+    """
+    opened = {}
+    for source in named:
+        place = next((path for path in (Path(source.path), made) if is_dataset(path)), None)
+        if place is None:
+            raise ConfigError(f"data: the dataset of source {source.name} is gone (was {source.path} or {made})")
+        opened[source.path] = open_any_dataset(place, tokenizer)
+    return _mixture(named, opened)
+
+
+def _mixture(named: Sequence[NamedSource], opened: Mapping[str, Dataset]) -> Corpus:
+    """The named sources, each in the dataset of its path."""
+    parts = []
+    for source in named:
+        dataset = opened[source.path]
+        if dataset.sources and source.name not in dataset.sources:
+            raise ConfigError(
+                f"source: {source.path} has no source {source.name}, it holds {', '.join(dataset.sources)}; name one of these"
+            )
+        parts.append(Part(source.name, source.weight, dataset, source.name if dataset.sources else None))
+    return Corpus(tuple(parts))
