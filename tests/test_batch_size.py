@@ -24,7 +24,7 @@ ADAMW = {
 }  # fmt: skip
 ASKED = DryRun(
     model=asdict(TINY), device="cpu", dtype="float32", train_windows=8, eval_windows=4, optimizer=ADAMW,
-    gradient_checkpointing=False, ema=False, freeze=[], threads=1, room_bytes=2**40, process_room={},
+    activation_checkpointing=False, ema=False, freeze=[], threads=1, room_bytes=2**40, process_room={},
 )  # fmt: skip
 
 
@@ -114,6 +114,9 @@ def test_growing_ends_where_two_doublings_bring_nothing():
     seconds = {1: 1.0, 2: 1.5, 4: 2.95, 8: 5.8, 16: 1.0}
     found = search(lambda size: (100, seconds[size], 0.0))
     assert [a.size for a in found] == [1, 2, 4, 8]
+    # One that brings nothing may be bad luck: the last is no faster than the first, but the one before it is.
+    assert not dry_run.brings_nothing([attempt(1, 10), attempt(2, 20), attempt(4, 10)])
+    assert not dry_run.brings_nothing([attempt(1, 10), attempt(2, 5)])
 
 
 def test_the_first_size_is_tried_however_late_and_no_other():
@@ -156,11 +159,11 @@ def test_nothing_fits_is_one_line_with_numbers_and_advice():
         chosen(found, replace(ASKED, room_bytes=2**30), "1.2 GiB free on this machine")
     assert str(caught.value) == (
         "per_device_train_batch_size: auto found no size: one window of 16 tokens needs more than 3.0 GiB, and of 1.2 GiB free "
-        "on this machine a run may take 1.0 GiB; take a smaller --model, a shorter --n-positions or --gradient-checkpointing, "
+        "on this machine a run may take 1.0 GiB; take a smaller --model, a shorter --n-positions or --activation-checkpointing, "
         "or free some memory"
     )
     with pytest.raises(ResourceError, match=r"model or a shorter --n-positions, or free"):
-        chosen([], replace(ASKED, gradient_checkpointing=True), "little")
+        chosen([], replace(ASKED, activation_checkpointing=True), "little")
     with pytest.raises(ResourceError, match=r"per_device_eval_batch_size: .* does not fit"):
         chosen([], replace(ASKED, train_windows=0), "little")
 
@@ -198,9 +201,11 @@ def test_an_interrupt_ends_the_trial(tmp_path, monkeypatch, cache):
     popen = subprocess.Popen
     monkeypatch.setattr(batch_size.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[0])
     monkeypatch.setattr(batch_size, "Attempt", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+    begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         sized()
     assert started[0].returncode is not None
+    assert time.monotonic() - begun < 50
 
 
 def test_what_is_remembered_is_not_tried_again(tmp_path, monkeypatch, cache):
@@ -213,7 +218,7 @@ def test_what_is_remembered_is_not_tried_again(tmp_path, monkeypatch, cache):
     assert said[0].endswith(f"; remembered in {cache}")
     assert said[1] == f"batch size: 4 windows a pass, evaluation 2 (auto: remembered in {cache})"
     for change in (
-        {"config": replace(TINY, n_layer=3)}, {"train": 16}, {"evaluation": 8}, {"gradient_checkpointing": True},
+        {"config": replace(TINY, n_layer=3)}, {"train": 16}, {"evaluation": 8}, {"activation_checkpointing": True},
         {"torch_compile": True}, {"ema": True}, {"freeze": ("wte*",)},
     ):  # fmt: skip
         with pytest.raises(ResourceError, match="a second trial"):
@@ -285,7 +290,7 @@ def brief(monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"gradient_checkpointing": True}, {"ema": True},
+        {}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"activation_checkpointing": True}, {"ema": True},
         {"freeze": ["wte*", "h.0.*"]}, {"optimizer": {**ADAMW, "optim": "sgd"}}, {"optimizer": {**ADAMW, "optim": "adafactor"}},
     ],
 )  # fmt: skip
@@ -360,14 +365,20 @@ def test_under_a_limit_sizes_are_smaller_and_nobody_dies(cache):
 
 
 @pytest.mark.slow
-def test_the_memory_said_is_that_of_the_weights_and_of_each_window(cache):
-    """Against arithmetic: 16 bytes a parameter; and activations, of which a block keeps at least 16 T C numbers."""
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a peak cannot begin anew")
+def test_the_memory_said_is_that_of_the_weights_and_of_each_window(cache, monkeypatch):
+    """Against arithmetic: 16 bytes a parameter; and activations, of which a block keeps 12 to 24 times T C numbers."""
+    # Freed memory goes back at once, so that the C library's holes do not count (mallopt(3), M_MMAP_THRESHOLD).
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     config = GPT2Config(vocab_size=257, n_positions=256, n_embd=256, n_layer=8, n_head=4)
     asked = replace(ASKED, model=asdict(config), train_windows=16, eval_windows=0)
-    found = {a.size: a for a in batch_size._tried(asked)}
-    weights = 16 * (12 * 8 * 256**2 + (257 + 256) * 256)
-    assert found[1].need_bytes > weights
-    window = (found[4].need_bytes - found[1].need_bytes) / 3
-    assert 8 * 16 * 256 * 256 * 4 < window < 8 * 48 * 256 * 256 * 4
-    less = {a.size: a for a in batch_size._tried(replace(asked, gradient_checkpointing=True))}
-    assert less[4].need_bytes < found[4].need_bytes - window
+
+    def needs(asked):
+        found = {a.size: a.need_bytes for a in batch_size._tried(asked)}
+        return found[1], (found[4] - found[1]) / 3
+
+    one, window = needs(asked)
+    assert one > 16 * (12 * 8 * 256**2 + (257 + 256) * 256) + window
+    assert 12 < window / (8 * 256 * 256 * 4) < 24
+    _, with_checkpointing = needs(replace(asked, activation_checkpointing=True))
+    assert with_checkpointing < window / 2

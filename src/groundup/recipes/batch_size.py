@@ -54,7 +54,7 @@ def fitting_batch_sizes(
     train_windows: int,
     eval_windows: int,
     optimizer: Mapping[str, Any] | None,
-    gradient_checkpointing: bool = False,
+    activation_checkpointing: bool = False,
     torch_compile: bool = False,
     ema: bool = False,
     freeze: Sequence[str] = (),
@@ -86,7 +86,7 @@ def fitting_batch_sizes(
         train_windows=train_windows,
         eval_windows=eval_windows,
         optimizer=None if optimizer is None else dict(optimizer),
-        gradient_checkpointing=gradient_checkpointing,
+        activation_checkpointing=activation_checkpointing,
         ema=ema,
         freeze=list(freeze),
         threads=torch.get_num_threads(),
@@ -152,8 +152,8 @@ def _nothing_fits(option: str, found: Sequence[Attempt], asked: DryRun, availabl
     needed = max((a.need_bytes for a in found if not a.fits), default=0)
     amount = f"needs more than {size_text(needed)}" if needed else "does not fit"
     advice = ["take a smaller --model", "a shorter --n-positions"]
-    if asked.train_windows and not asked.gradient_checkpointing:
-        advice.append("--gradient-checkpointing")
+    if asked.train_windows and not asked.activation_checkpointing:
+        advice.append("--activation-checkpointing")
     return ResourceError(
         f"{option}: auto found no size: one window of {asked.model['n_positions']:,} tokens {amount}, and of {available} a "
         f"run may take {size_text(asked.room_bytes)}; {', '.join(advice[:-1])} or {advice[-1]}, or free some memory"

@@ -65,7 +65,7 @@ class DryRun:
     """Windows of an evaluation's pass at most; 0 tries none."""
     optimizer: dict[str, Any] | None
     """Arguments of ``build_optimizer``; None where nothing is trained."""
-    gradient_checkpointing: bool
+    activation_checkpointing: bool
     ema: bool
     """Whether a moving average of the weights is kept."""
     freeze: list[str]
@@ -174,7 +174,7 @@ class _Rehearsal:
         self.base = 0 if self.device.type == "cuda" else self._peak(restart=True)
         with torch.device("meta"):
             self.model = build_gpt2(GPT2Config(**asked.model))
-        if asked.gradient_checkpointing:
+        if asked.activation_checkpointing:
             checkpoint_activations(self.model)
         if asked.freeze:
             from groundup.recipes.initial import freeze  # here, because it brings the tokenizers

@@ -235,10 +235,10 @@ def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Setti
         say(line)
     samples = _samples(corpus, tokenizer, settings)
     saved = read_trainer_state(checkpoint) if checkpoint else None
+    teacher = _teacher(settings, machine, tokenizer, say)
     validation = sum(map(len, corpus.validation_windows(options.n_positions).values()))
     sizes = passes_for(settings, config, machine, validation_windows=validation, recorded=saved, say=say)
     plan = plan_run(options, batch, settings[ScheduleOptions], run_options, windows=len(samples), per_pass=sizes.train)
-    teacher = _teacher(settings, machine, tokenizer, say)
     identity = identity_of(config, corpus, tokenizer, settings, plan, teacher.checkpoint if teacher else None)
     if checkpoint and saved:
         require_identity(checkpoint, saved["identity"], identity)

@@ -1,0 +1,118 @@
+"""
+Does fill-in-the-middle help to fill a line? The same model trained with and without it, on Python's standard library.
+
+    python benchmarks/fill.py --work FOLDER [--steps 2500] [--lines 1000] [--jobs 2]
+
+In files that neither has seen, one line is taken out. The model trained with fill-in-the-middle sees what is before and after
+it, the other one what is before. Both write greedily; what counts is the first line of what they write. A line of the result is
+appended to history/fill.jsonl.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from provenance import provenance
+
+HISTORY = Path(__file__).parent / "history" / "fill.jsonl"
+MODEL = {
+    "n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256, "vocab_size": 4096, "total_batch_tokens": 2048,
+    "learning_rate": 2e-3, "eval_steps": 500, "save_steps": 500, "max_eval_tokens": 65536, "sample_tokens": 0, "peak_tflops": 1,
+}  # fmt: skip
+RATES = {"left to right": 0.0, "fill-in-the-middle": 0.5}
+LONGEST_LINE = 32
+"""Tokens that a model may write."""
+CONTEXT = 256
+
+
+def train(run: Path, rate: float, steps: int, threads: str) -> None:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (MODEL | {"max_steps": steps, "fim_rate": rate}).items()]
+    command = [sys.executable, "-m", "groundup", "train", "python-stdlib", "--output-dir", str(run), *flags]
+    with run.with_suffix(".log").open("w") as log:
+        subprocess.run(command, check=True, stderr=log, stdout=log, env=os.environ | {"OMP_NUM_THREADS": threads})
+
+
+def holes(run: Path, count: int) -> list[tuple[str, str, str]]:
+    """(before, line, after) from files of the validation split, at most 20 lines a file, at least 3 letters in each."""
+    from groundup.data.shards import open_dataset
+
+    dataset = open_dataset(run / "dataset")
+    stream, tokenizer, draw = dataset.stream("validation"), dataset.tokenizer, random.Random(0)
+    tokens = stream.read(0, len(stream)).astype(np.int64)
+    ends = np.flatnonzero(tokens == tokenizer.end_of_text_id)
+    found = []
+    for start, end in zip([0, *(ends[:-1] + 1)], ends, strict=True):
+        lines = tokenizer.decode(tokens[start:end].tolist()).split("\n")
+        numbers = [n for n in range(5, len(lines) - 5) if sum(c.isalpha() for c in lines[n]) >= 3]
+        chosen = draw.sample(numbers, min(20, len(numbers)))
+        found += [("\n".join(lines[:n]) + "\n", lines[n], "\n" + "\n".join(lines[n + 1 :])) for n in chosen]
+    draw.shuffle(found)
+    return found[:count]
+
+
+def exact_matches(run: Path, asked: list[tuple[str, str, str]], with_suffix: bool) -> tuple[float, float]:
+    """Share of lines that are written as they were; and of those where nothing but the line was written."""
+    import groundup
+    from groundup.generation.generate import generate_tokens
+    from groundup.generation.sampling import Sampler
+    from groundup.tokenizer.special import fim_ids, usable_ids
+
+    loaded = groundup.load(run)
+    tokenizer, marks = loaded.tokenizer, fim_ids(loaded.tokenizer)
+    prompts = []
+    room = CONTEXT - LONGEST_LINE - 4
+    for before, _, after in asked:
+        prefix = tokenizer.encode(before[-4000:]).tolist()
+        if with_suffix:
+            suffix = tokenizer.encode(after[:4000]).tolist()[: room // 2]
+            prompts.append([marks.prefix, *prefix[len(suffix) - room :], marks.suffix, *suffix, marks.middle])
+        else:
+            prompts.append(prefix[-room:])
+    written: dict[int, list[int]] = {number: [] for number in range(len(prompts))}
+    drawn = generate_tokens(
+        loaded.model, prompts, Sampler(temperature=0), seeds=[0] * len(prompts), max_new_tokens=LONGEST_LINE,
+        end_of_text_id=tokenizer.end_of_text_id, usable_ids=usable_ids(tokenizer), batch_size=16,
+    )  # fmt: skip
+    for choice in drawn:
+        if choice.token != tokenizer.end_of_text_id:
+            written[choice.prompt].append(choice.token)
+    texts = [tokenizer.decode(written[number]) for number in range(len(prompts))]
+    first = sum(text.split("\n")[0] == line for text, (_, line, _) in zip(texts, asked, strict=True))
+    whole = sum(text == line for text, (_, line, _) in zip(texts, asked, strict=True))
+    return first / len(asked), whole / len(asked)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--lines", type=int, default=1000)
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    runs = {name: given.work / name.replace(" ", "-") for name in RATES}
+    threads = str(max(1, (os.cpu_count() or 1) // given.jobs))
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(lambda name: train(runs[name], RATES[name], given.steps, threads), RATES))
+    asked = holes(runs["left to right"], given.lines)
+    line = provenance("fill.py") | {"steps": given.steps, "tokens": given.steps * 2048, "lines": len(asked)}
+    for name, run in runs.items():
+        first, whole = exact_matches(run, asked, with_suffix=RATES[name] > 0)
+        line[name] = {"exact_match": round(first, 4), "nothing_but_the_line": round(whole, 4)}
+        if RATES[name]:  # the same model, from the left only
+            line[name]["exact_match_from_the_left"] = round(exact_matches(run, asked, with_suffix=False)[0], 4)
+        rows = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+        line[name]["eval_loss"] = [row["eval_loss"] for row in rows if row.get("eval_loss")][-1]
+        print(name, line[name], flush=True)
+    with HISTORY.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
