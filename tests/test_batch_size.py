@@ -159,7 +159,8 @@ def test_nothing_fits_is_one_line_with_numbers_and_advice():
         chosen(found, replace(ASKED, room_bytes=2**30), "1.2 GiB free on this machine")
     assert str(caught.value) == (
         "per_device_train_batch_size: auto found no size: one window of 16 tokens needs more than 3.0 GiB, and of 1.2 GiB free "
-        "on this machine a run may take 1.0 GiB; take a smaller --model, a shorter --n-positions or --activation-checkpointing, "
+        "on this machine a run may take 1.0 GiB; take a smaller --model, a shorter --n-positions or "
+        "--activation-checkpointing, "
         "or free some memory"
     )
     with pytest.raises(ResourceError, match=r"model or a shorter --n-positions, or free"):

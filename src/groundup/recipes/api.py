@@ -18,6 +18,7 @@ from groundup.config.options import (
     PREPARE_GROUPS,
     SCORE_GROUPS,
     TRAIN_GROUPS,
+    WeightsOptions,
 )
 from groundup.data.shards import Dataset
 from groundup.recipes import evaluate as evaluate_recipe
@@ -79,8 +80,9 @@ def load(path: str | Path, weights: str = "trained") -> Loaded:
     Args:
         weights: trained, or ema: their moving average, where the run kept one.
     """
+    options = _settings((WeightsOptions,), {"weights": weights})[WeightsOptions]
     with progress() as shown:
-        return load_checkpoint(Path(path), shown.say, weights)
+        return load_checkpoint(Path(path), shown.say, options.weights)
 
 
 def evaluate(path: str | Path, **options: Any) -> dict[str, Any]:

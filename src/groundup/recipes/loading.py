@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from groundup.checkpoint.average import load_average
-from groundup.checkpoint.commit import FORMAT, MANIFEST, Say, checkpoints, step_of, verify
+from groundup.checkpoint.commit import FORMAT, MANIFEST, Say, checkpoints, verify
 from groundup.config.options import SelectionOptions
 from groundup.data.foreign import foreign_shards, open_foreign_dataset
 from groundup.data.shards import MANIFEST as DATASET_MANIFEST
@@ -17,7 +17,7 @@ from groundup.errors import CheckpointError, ConfigError
 from groundup.interop.huggingface import load_model
 from groundup.model.gpt2 import GPT2
 from groundup.recipes.prepare import tokenizer_named
-from groundup.recipes.selection import best_of
+from groundup.recipes.selection import best_saved
 from groundup.recipes.weights import open_weights, say_report, tokenizer_hint
 from groundup.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from groundup.tracking.metrics import METRICS, read_rows
@@ -123,7 +123,7 @@ def open_any_dataset(path: Path, tokenizer: Tokenizer | str | None) -> Dataset:
 
 def _newest_readable(run: Path, say: Say) -> Path:
     problems = []
-    best = _best(run)
+    best = best_checkpoint(run)
     for path in ([best] if best else []) + checkpoints(run)[::-1]:
         try:
             verify(path)
@@ -136,8 +136,8 @@ def _newest_readable(run: Path, say: Say) -> Path:
     raise CheckpointError(f"checkpoint {run}: no checkpoint in it; has its training saved one yet?")
 
 
-def _best(run: Path) -> Path | None:
-    """The best checkpoint of a run that is to end with it; None for other runs, and where it cannot be told."""
+def best_checkpoint(run: Path) -> Path | None:
+    """The best checkpoint of a run whose configuration says that it is used; None for others, and where it cannot be told."""
     try:
         document = tomllib.loads((run / CONFIG).read_text(encoding="utf-8"))
         options = SelectionOptions(**document["selection"])
@@ -145,6 +145,5 @@ def _best(run: Path) -> Path | None:
         return None
     if not options.load_best_model_at_end:
         return None
-    saved = {step_of(path): path for path in checkpoints(run)}
-    best = best_of([row for row in read_rows(run / METRICS) if row["step"] in saved], options)
-    return saved[best.step] if best else None
+    best = best_saved(run, read_rows(run / METRICS), options)
+    return run / f"checkpoint-{best.step}" if best else None

@@ -153,9 +153,12 @@ def read_left_out(run: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [{**row, "first_sample": int(row["first_sample"]), "samples": int(row["samples"])} for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        ranges = [(row["first_sample"], row["samples"]) for row in rows]
+        if not ranges or not all(type(first) is type(count) is int and first >= 0 < count for first, count in ranges):
+            raise ValueError("no positions of batches")
+        return rows
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"run {run}: {path.name}, which says what data was left out, is damaged ({error}); restore it from a copy"
         ) from None

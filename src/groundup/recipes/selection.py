@@ -33,6 +33,12 @@ def best_of(rows: Sequence[Mapping[str, Any]], options: SelectionOptions) -> Bes
     return best
 
 
+def best_saved(run: Path, rows: Sequence[Mapping[str, Any]], options: SelectionOptions) -> Best | None:
+    """The best evaluation whose checkpoint is there: a run may evaluate more often than it saves."""
+    saved = {step_of(path) for path in checkpoints(run)}
+    return best_of([row for row in rows if row["step"] in saved], options)
+
+
 def out_of_patience(rows: Sequence[Mapping[str, Any]], options: SelectionOptions) -> bool:
     """
     Whether early stopping ends the run: so many evaluations in a row did not beat the best by the threshold.

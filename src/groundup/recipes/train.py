@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from groundup.checkpoint.commit import checkpoints, step_of
+from groundup.checkpoint.commit import checkpoints
 from groundup.config.load import Settings
 from groundup.config.options import (
     InitialWeightsOptions,
@@ -22,8 +22,9 @@ from groundup.config.options import (
 from groundup.errors import DivergedError, Stopped
 from groundup.evaluation.measure import Evaluation, byte_frequency_baseline
 from groundup.model.flops import parameter_count, training_flops_per_token
+from groundup.recipes.loading import best_checkpoint
 from groundup.recipes.record import SAMPLES, add_left_out, read_left_out
-from groundup.recipes.selection import best_of, metric_of, out_of_patience
+from groundup.recipes.selection import best_saved, metric_of, out_of_patience
 from groundup.recipes.spike_report import report_spike
 from groundup.recipes.training import Training, open_training
 from groundup.runtime.device import explained_memory_errors, peak_flops
@@ -67,21 +68,22 @@ def _train_once(training: Training, progress: Progress, should_stop: ShouldStop)
     """Train to the end, or until the run goes back; returns whether it is the end, and the seconds of all steps."""
     run, state, plan = training.run, training.state, training.plan
     options, selection = training.settings[RunOptions], training.settings[SelectionOptions]
-    if _is_complete(training):
-        if options.eval_steps and not _evaluated(training):
-            _evaluate(training, progress, Sinks(), should_stop)
+    due = _evaluates_here(training) and not _evaluated(training)
+    if not due and (limits := _ended_by(training)):
         draw_curves(read_rows(run / METRICS), run, run.name)
-        progress.say(f"run {run}: already complete at step {state.step:,}; raise --max-steps to go on")
+        progress.say(f"run {run}: already complete at step {state.step:,}; raise {limits} to go on")
         return True, 0.0
     _describe(training, progress.say)
     peak, peak_origin = peak_flops(training.machine, training.settings[SpeedOptions].peak_tflops)
     progress.say(f"peak: {peak / 1e12:.2f} TFLOP/s ({peak_origin})")
-    started_at, meter = state.step, _Meter()
+    started_at, meter, ended = state.step, _Meter(), False
     with _sinks(training, progress.say) as sinks:
-        due = options.eval_steps and state.step % options.eval_steps == 0 and not _evaluated(training)
-        if due and not _evaluate(training, progress, sinks, should_stop):
-            raise _stopped(state.step, training.save())
-        for step in training:
+        if due:
+            if not _evaluate(training, progress, sinks, should_stop):
+                raise _stopped(state.step, training.save())
+            ended = _stops_early(training, progress.say)
+            training.prune()
+        for step in () if ended else training:
             meter.add(step)
             stopping = should_stop()
             last = stopping or step.step == plan.total_steps
@@ -99,20 +101,16 @@ def _train_once(training: Training, progress: Progress, should_stop: ShouldStop)
             if stopping and checkpoint:
                 training.prune()
                 raise _stopped(step.step, checkpoint)
-            due = options.eval_steps and (last or step.step % options.eval_steps == 0)
+            due = _evaluates_here(training)
             # An evaluation that a signal ended is made up for when the run goes on, from this very step.
             if due and not _evaluate(training, progress, sinks, should_stop):
                 raise _stopped(step.step, checkpoint or training.save())
-            if due and out_of_patience(read_rows(run / METRICS), selection):
-                checkpoint = checkpoint or training.save()
-                progress.say(
-                    f"early stopping at step {step.step:,}: {metric_of(selection)} has not improved for "
-                    f"{selection.early_stopping_patience} evaluations"
-                )
-                last = True
+            ended = due and _stops_early(training, progress.say)
+            if ended and not checkpoint:
+                checkpoint = training.save()
             if checkpoint:
                 training.prune()
-            if last:
+            if ended or last:
                 break
     if selection.load_best_model_at_end:
         _say_best(training, progress.say)
@@ -142,10 +140,32 @@ def _stopped(step: int, checkpoint: Path) -> Stopped:
     return Stopped(f"stopped at step {step:,} by a signal; {checkpoint} is saved, the same command goes on")
 
 
-def _is_complete(training: Training) -> bool:
+def _evaluates_here(training: Training) -> bool:
+    """Whether the step where the run is belongs to those that are evaluated."""
+    every, step = training.settings[RunOptions].eval_steps, training.state.step
+    return every > 0 and (step % every == 0 or step >= training.plan.total_steps)
+
+
+def _ended_by(training: Training) -> str:
+    """The options whose limits the run has reached; nothing where it goes on."""
+    options, limits = training.settings[RunOptions], []
     if training.state.step >= training.plan.total_steps:
-        return True
-    return out_of_patience(read_rows(training.run / METRICS), training.settings[SelectionOptions])
+        limits.append("--max-train-tokens" if options.max_train_tokens else "--max-steps")
+    if out_of_patience(read_rows(training.run / METRICS), training.settings[SelectionOptions]):
+        limits.append("--early-stopping-patience")
+    return " and ".join(limits)
+
+
+def _stops_early(training: Training, say: Say) -> bool:
+    """Whether the run ends here, because no evaluation was better for too long."""
+    selection = training.settings[SelectionOptions]
+    if not out_of_patience(read_rows(training.run / METRICS), selection):
+        return False
+    say(
+        f"early stopping at step {training.state.step:,}: {metric_of(selection)} has not improved for "
+        f"{selection.early_stopping_patience} evaluations"
+    )
+    return True
 
 
 def _went_back(training: Training, step: StepResult, say: Say) -> bool:
@@ -215,7 +235,7 @@ def _describe(training: Training, say: Say) -> None:
 
 def _say_best(training: Training, say: Say) -> None:
     selection = training.settings[SelectionOptions]
-    if best := best_of(read_rows(training.run / METRICS), selection):
+    if best := best_saved(training.run, read_rows(training.run / METRICS), selection):
         say(
             f"best: checkpoint-{best.step} with {metric_of(selection)} {best.value:.4f}; commands that are given the run use it"
         )
@@ -304,17 +324,14 @@ def _step_row(training: Training, step: StepResult, tokens_per_second: float, pe
 
 
 def _summary(training: Training, seconds: float) -> dict[str, Any]:
-    selection, rows = training.settings[SelectionOptions], read_rows(training.run / METRICS)
+    run, rows = training.run, read_rows(training.run / METRICS)
     losses = {r["step"]: r["eval_loss"] for r in rows if r.get("eval_loss") is not None}
-    saved = checkpoints(training.run)
-    kept = {step_of(path) for path in saved}
-    best = best_of([row for row in rows if row["step"] in kept], selection)
-    best_checkpoint = str(training.run / f"checkpoint-{best.step}") if best else None
-    last = str(saved[-1]) if saved else None
+    best = best_saved(run, rows, training.settings[SelectionOptions])
+    final = best_checkpoint(run) or next(reversed(checkpoints(run)), None)
     return {
         "steps": training.state.step,
-        "final_checkpoint": best_checkpoint or last if selection.load_best_model_at_end else last,
-        "best_checkpoint": best_checkpoint,
+        "final_checkpoint": str(final) if final else None,
+        "best_checkpoint": str(run / f"checkpoint-{best.step}") if best else None,
         "eval_loss": losses.get(training.state.step),
         "num_input_tokens_seen": training.state.tokens_seen,
         "seconds": round(seconds, 3),

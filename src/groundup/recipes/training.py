@@ -68,7 +68,7 @@ from groundup.recipes.record import (
     write_config,
 )
 from groundup.recipes.schedule import schedule_of
-from groundup.recipes.selection import best_of, kept
+from groundup.recipes.selection import best_saved, kept
 from groundup.recipes.teacher import Teacher, open_teacher
 from groundup.runtime.device import Machine, explained_memory_errors
 from groundup.runtime.files import exclusive, explained_os_errors, make_directory
@@ -170,7 +170,8 @@ class Training:
         """
         selection = self.settings[SelectionOptions]
         if not self.state.skipped_in_a_row:
-            best = best_of(read_rows(self.run / METRICS), selection) if selection.load_best_model_at_end else None
+            rows = read_rows(self.run / METRICS)
+            best = best_saved(self.run, rows, selection) if selection.load_best_model_at_end else None
             prune(self.run, kept(self.run, self.settings[RunOptions].save_total_limit, best))
 
     def _write_checkpoint(self, directory: Path) -> None:

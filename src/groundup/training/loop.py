@@ -84,8 +84,8 @@ def training_steps(
     plan = course.plan
     ranges = partial(position_ranges, plan, state.step, state.samples_seen, course.left_out)
     with closing(global_batches(course.samples, ranges(), course.device)) as batches:  # type: ignore[type-var]
+        started = time.perf_counter()
         for positions, item in zip(ranges(), batches, strict=True):
-            started = time.perf_counter()
             step = state.step + 1
             learning_rate = course.schedule.learning_rate_at(step)
             spike: Spike | None = None
@@ -121,6 +121,7 @@ def training_steps(
                 spike=spike,
                 health=probe.measured() if probe is not None and not update.skipped else None,
             )
+            started = time.perf_counter()  # waiting for the next batch is part of its step
             if state.skipped_in_a_row >= course.spikes.max_skipped_steps:
                 raise DivergedError(
                     f"diverged: {state.skipped_in_a_row} steps in a row up to step {step} had a loss or gradient that is "
