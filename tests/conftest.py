@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # Models this small wait for their own threads: on a busy machine two threads are a hundred times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A background job of a shell ignores Ctrl-C, and so would every process that the tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# On a busy machine an example may take seconds.
+settings.register_profile("groundup", deadline=None)
+settings.load_profile("groundup")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

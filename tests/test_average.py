@@ -1,5 +1,6 @@
 """The moving average of the weights: its formula, its file, and every command that can use it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,22 +11,23 @@ from torch import Tensor
 import groundup
 from groundup.checkpoint.average import load_average
 from groundup.checkpoint.commit import checkpoints
+from groundup.cli.main import run as command
 from groundup.errors import CheckpointError, ConfigError
 from groundup.model.gpt2 import GPT2
 from groundup.tracking.metrics import read_rows
 from groundup.training.average import WeightAverage
-from tests.conftest import TINY, Finished, flags, make_text
-from tests.conftest import groundup as command
-from tests.runs import contents, fork, ledger
+from tests.conftest import TINY, flags, make_text
+from tests.runs import contents, ledger
 
 QUIET = TINY | {"eval_steps": 0, "sample_tokens": 0}
 AVERAGED = QUIET | {"ema_decay": 0.6}
 
 
 @pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than training here, and is tested elsewhere."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing and waiting for the disk take longer than training here, and are tested elsewhere."""
     monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,7 @@ def test_a_run_that_goes_on_has_the_same_average(data, tmp_path):
 def test_a_run_cannot_begin_or_cease_to_average(data, tmp_path, was, now):
     groundup.train(data, tmp_path / "run", **QUIET | {"ema_decay": was, "max_steps": 4})
     before = contents(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"cannot resume checkpoint-4 with changed ema: (None → True|True → None); ") as error:
+    with pytest.raises(ConfigError, match=r"resume checkpoint-4 with changed ema: (default → True|True → default); ") as error:
         groundup.train(data, tmp_path / "run", **QUIET | {"ema_decay": now})
     assert "\n" not in str(error.value)
     assert contents(tmp_path / "run") == before
@@ -232,25 +234,22 @@ def test_the_first_update_forgets_most_of_the_initial_weights():
     assert average.tensors["weight"].item() == pytest.approx(9 / 11)
 
 
-@pytest.mark.slow
-def test_the_commands_take_it_and_say_so_in_one_line(averaged, data, tmp_path):
-    def run(*arguments: object) -> Finished:
-        process = fork([*map(str, arguments)], tmp_path / "log")
-        process.join()
-        said = (tmp_path / "log").read_text()
-        return Finished(process.exitcode or 0, said, said)
+def test_the_commands_take_it_and_say_so_in_one_line(averaged, data, tmp_path, capsys):
+    def said(*arguments: object, code: int = 0) -> str:
+        capsys.readouterr()
+        assert command([*map(str, arguments)]) == code
+        found = capsys.readouterr()
+        lines = [line for line in found.err.splitlines() if line.startswith("groundup:")]
+        assert len(lines) == (1 if code else 0)
+        return lines[0] if code else found.out
 
-    last = checkpoints(averaged)[-1]
-    done = command("evaluate", averaged, "--weights", "ema", "--device", "cpu", "--json")
-    assert done.json["eval_loss"] == groundup.evaluate(averaged, device="cpu", weights="ema")["eval_loss"]
-    assert done.json["checkpoint"] == str(last)
-    assert run("export", averaged, tmp_path / "hf", "--weights", "ema").code == 0
-    assert run("train", data, "--output-dir", tmp_path / "plain", *flags(QUIET | {"max_steps": 1})).code == 0
-    for arguments in (("evaluate", tmp_path / "plain"), ("export", tmp_path / "plain", tmp_path / "other"),
-                      ("generate", tmp_path / "hf", "--prompt", "a")):  # fmt: skip
-        refused = run(*arguments, "--weights", "ema")
-        assert refused.code == 4
-        assert len(refused.error_lines) == 1
-    refused = run("evaluate", averaged, "--weights", "best")
-    assert refused.code == 2
-    assert len(refused.error_lines) == 1
+    done = json.loads(said("evaluate", averaged, "--weights", "ema", "--device", "cpu", "--json"))
+    assert done["eval_loss"] == groundup.evaluate(averaged, device="cpu", weights="ema")["eval_loss"]
+    assert done["checkpoint"] == str(checkpoints(averaged)[-1])
+    said("export", averaged, tmp_path / "hf", "--weights", "ema")
+    said("train", data, "--output-dir", tmp_path / "plain", *flags(QUIET | {"max_steps": 1}))
+    for arguments in (("evaluate", tmp_path / "plain"), ("export", tmp_path / "plain", tmp_path / "other")):
+        assert "holds no averaged weights" in said(*arguments, "--weights", "ema", code=4)
+    words = said("generate", tmp_path / "hf", "--prompt", "a", "--weights", "ema", code=4)
+    assert "only checkpoints of groundup hold averaged weights" in words
+    assert "is not one of trained, ema" in said("evaluate", averaged, "--weights", "best", code=2)

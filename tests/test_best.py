@@ -31,9 +31,10 @@ class Killed(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than training here, and is tested elsewhere."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing and waiting for the disk take longer than training here, and are tested elsewhere."""
     monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture
@@ -66,7 +67,12 @@ def steps_saved(run: Path) -> list[int]:
 
 @pytest.mark.parametrize(
     ("limit", "without", "with_best"),
-    [(0, [4, 8, 12, 16], [4, 8, 12, 16]), (1, [16], [8, 16]), (2, [12, 16], [8, 16]), (3, [8, 12, 16], [8, 12, 16])],
+    [
+        (1, [16], [8, 16]),
+        (2, [12, 16], [8, 16]),
+        pytest.param(3, [8, 12, 16], [8, 12, 16], marks=pytest.mark.slow),
+        pytest.param(0, [4, 8, 12, 16], [4, 8, 12, 16], marks=pytest.mark.slow),
+    ],
 )
 def test_the_best_checkpoint_survives_rotation(data, tmp_path, measured, limit, without, with_best):
     measured(LOSSES)
@@ -266,7 +272,10 @@ def test_the_result_says_what_the_other_commands_use(data, tmp_path, measured):
     assert summary["best_checkpoint"] == str(run / "checkpoint-8")
 
 
-@pytest.mark.parametrize(("killed_at", "save_steps"), [(8, 4), (12, 3), (12, 8), (16, 4), (16, 8), (16, 50)])
+@pytest.mark.parametrize(
+    ("killed_at", "save_steps"),
+    [(16, 4), (12, 8), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in ((8, 4), (12, 3), (16, 8), (16, 50)))],
+)
 def test_killed_before_an_evaluation_it_stops_at_the_same_step(data, tmp_path, measured, killed_at, save_steps):
     """Between the checkpoint and its evaluation, or between two checkpoints: the rule is asked at the same steps."""
     run, straight, options = tmp_path / "run", tmp_path / "straight", STOPPING | {"max_steps": 100, "save_steps": save_steps}
@@ -282,7 +291,7 @@ def test_killed_before_an_evaluation_it_stops_at_the_same_step(data, tmp_path, m
     assert steps_saved(run)[-1] == 16
 
 
-@pytest.mark.parametrize("killed_at", [4, 8, 12, 16])
+@pytest.mark.parametrize("killed_at", [16, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 8, 12))])
 def test_killed_before_an_evaluation_it_keeps_the_same_best(data, tmp_path, measured, killed_at, capsys):
     """The last evaluation too: it is made up for, and then decides."""
     run, straight, options = tmp_path / "run", tmp_path / "straight", BEST | {"save_total_limit": 1}
@@ -324,6 +333,7 @@ def test_the_made_up_evaluation_reaches_every_reader(data, tmp_path, measured, m
     assert [row["step"] for row in sent if "eval_loss" in row] == [0, 4, 8, 12, 16]
 
 
+@pytest.mark.slow
 def test_real_losses_decide_too(data, tmp_path):
     """At a rate that destroys what was learned, the first evaluation is the best one."""
     options = BEST | {"learning_rate": 0.3, "lr_scheduler_type": "linear", "warmup_steps": 14, "max_grad_norm": 0}

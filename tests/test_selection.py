@@ -106,7 +106,7 @@ def test_without_a_limit_all_are_kept(tmp_path):
         ({"early_stopping_patience": 2, "eval_steps": 0}, "waits for evaluations"),
         ({"metric_for_best_model": "accuracy"}, "not measured in this run; it measures loss, perplexity"),
         ({"metric_for_best_model": "ema_loss"}, "not measured in this run"),
-        ({"metric_for_best_model": "wiki_loss"}, "not measured in this run"),
+        ({"metric_for_best_model": "wiki_accuracy"}, "not measured in this run"),
     ],
 )
 def test_a_selection_that_cannot_be_made_is_refused(options, words):

@@ -143,20 +143,23 @@ def cli() -> None:
     """Dispatch to a verb."""
 
 
-def _flag(declaration: Field[Any], hint: Any, group: type) -> click.Option:
-    """The flag of a declared option. Values stay text: ``config.load`` converts them, wherever they come from."""
+def _flag(declaration: Field[Any], hint: Any, group: type, groups: tuple[type, ...]) -> click.Option:
+    """The flag of a declared option of a command. Values stay text: ``config.load`` converts them, wherever they come from."""
     rules, name = declaration.metadata, declaration.name.replace("_", "-")
     section = (group.__doc__ or "").rstrip(".")
-    by_preset = declaration.name in PRESET_OPTIONS and group in TRAIN_GROUPS
+    by_preset = declaration.name in PRESET_OPTIONS and groups is TRAIN_GROUPS
     default = "by the preset" if by_preset else declaration.default
     default = "by itself" if default is None else default
     shown = "" if default in ((), "") else f"  [default: {default}]"
     unit = {int: "INTEGER", float: "NUMBER"}.get(hint, "TEXT")
-    common: dict[str, Any] = {"help": rules["help"] + shown, "section": section, "default": None}
+    many = len(rules["choices"]) >= 5
+    names = f" One of {', '.join(rules['choices'])}." if many else ""
+    common: dict[str, Any] = {"help": rules["help"] + names + shown, "section": section, "default": None}
     if hint is bool or hint == bool | None:
         return _Option([f"--{name}/--no-{name}"], **common)
-    metavar = "|".join(rules["choices"]) if rules["choices"] and len(rules["choices"]) < 5 else rules["unit"] or unit
-    metavar = metavar if rules["choices"] else metavar.upper().replace(" ", "-")
+    measure = (rules["unit"] or unit).upper().replace(" ", "-")
+    numbers = (measure,) if isinstance(declaration.default, int) else ()
+    metavar = "|".join((*rules["choices"], *numbers)) if rules["choices"] and not many else measure
     return _Option([f"--{name}"], metavar=metavar, multiple=hint == tuple[str, ...], **common)
 
 
@@ -189,7 +192,7 @@ def _verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.
         parameters: list[click.Parameter] = [*arguments]
         for group in groups:
             hints = get_type_hints(group)
-            parameters += [_flag(declaration, hints[declaration.name], group) for declaration in fields(group)]
+            parameters += [_flag(item, hints[item.name], group, groups) for item in fields(group)]
         parameters += [
             _Option(["--config"], metavar="FILE", help="Read options from a TOML file; flags win.", section="General"),
             _Option(["--json", "json_output"], is_flag=True, help="Print one JSON object.", section="General"),
@@ -255,9 +258,14 @@ def _train(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str
     loss = "" if result["eval_loss"] is None else f", validation loss {result['eval_loss']:.4f}"
     run = shlex.quote(str(output))
     text = f"done: {result['steps']:,} steps in {duration(result['seconds'])}{loss}\n"
-    text += f"checkpoint: {result['final_checkpoint']} (transformers opens it as it is)\n"
+    as_it_is = " (transformers opens it as it is)" if _is_gpt2(result["final_checkpoint"]) else ""
+    text += f"checkpoint: {result['final_checkpoint']}{as_it_is}\n"
     text += f"curves: {output / 'loss.png'}, {output / 'perplexity.png'}\n"
     return result, text + f'next: groundup generate {run} --prompt "…"'
+
+
+def _is_gpt2(checkpoint: str) -> bool:
+    return bool(json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))["model_type"] == "gpt2")
 
 
 @_verb(
@@ -373,6 +381,8 @@ def _generate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], 
             converse(path, settings, shown.say, stream)
             return {}, ""
         result = generate(path, settings, shown.say, stream, logprobs=own["json"])
+        if terminal and (options.prefix or options.suffix):
+            stream("\n")
         shown.say(f"({sum(len(c['token_ids']) for c in result['completions'])} tokens, {result['tokens_per_second']} tok/s)")
     return result, ""
 

@@ -6,6 +6,9 @@ from typing import Any
 from groundup.config.declaration import AUTO
 from groundup.config.ramp import ends
 
+FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
+"""What an evaluation measures; of a source with its name before, of the averaged weights with ema."""
+
 
 def contradictions(values: Mapping[str, Any], origins: Mapping[str, str], *, shape_known: bool = True) -> list[str]:
     """Rules across options. Returns one line per broken rule."""
@@ -15,7 +18,6 @@ def contradictions(values: Mapping[str, Any], origins: Mapping[str, str], *, sha
     if "total_batch_tokens" in values:
         problems += _batch_contradictions(values, origins, shape_known=shape_known)
         problems += _training_contradictions(values, origins)
-    if "lr_scheduler_type" in values:
         problems += _schedule_contradictions(values, origins)
     return problems + _decoding_contradictions(values, origins)
 
@@ -50,8 +52,8 @@ def _batch_contradictions(values: Mapping[str, Any], origins: Mapping[str, str],
     total, origin = values["total_batch_tokens"], origins["total_batch_tokens"]
     passes, passes_origin = values["gradient_accumulation_steps"], origins["gradient_accumulation_steps"]
     if passes and "default" not in (origin, passes_origin):
-        # A resolved configuration file holds both; there the accumulation wins, as it did when it was resolved.
-        both_in_file = origin.startswith("file ") and origin == passes_origin
+        # A resolved configuration file holds both, but no ramp; there the accumulation wins, as when it was resolved.
+        both_in_file = origin.startswith("file ") and origin == passes_origin and isinstance(total, int)
         if not origin.startswith(("preset", "fine-tuning")) and not both_in_file:
             problems.append(
                 f"total_batch_tokens: {total} (from {origin}) and gradient_accumulation_steps {passes} both set the global "
@@ -102,10 +104,15 @@ def _training_contradictions(values: Mapping[str, Any], origins: Mapping[str, st
             "early_stopping_patience", f"waits for evaluations, but eval_steps is 0 (from {origins['eval_steps']}); raise it"
         )
     metric = values["metric_for_best_model"].removeprefix("eval_")
-    known = ["loss", "perplexity", "bits_per_byte", "token_accuracy", *(["ema_loss"] if values["ema_decay"] else [])]
-    known += [f"{source.partition('=')[0]}_loss" for source in values["source"]]
-    if metric not in known:
-        refuse("metric_for_best_model", f"is not measured in this run; it measures {', '.join(known)}")
+    figure = next((name for name in FIGURES if metric == name or metric.endswith(f"_{name}")), "")
+    # Which sources a run has is known once its data is open; then their names are asked.
+    if not figure or (metric == f"ema_{figure}" and not values["ema_decay"]):
+        refuse("metric_for_best_model", f"is not measured in this run; it measures {', '.join(FIGURES)}")
+    if values["init"] != "gpt2" and values["init_from"]:
+        refuse("init", f"draws random weights, but those of init_from {values['init_from']} are given; leave one of them out")
+    if values["fim_rate"] and values["sequence_length"]:
+        refuse("fim_rate", f"needs whole windows: sequence_length {values['sequence_length']} (from "
+               f"{origins['sequence_length']}) would cut a hole from its text; give one of them")  # fmt: skip
     if values["norm"] == "batch" and values["torch_compile"] and values["activation_checkpointing"]:
         refuse("activation_checkpointing", "cannot be compiled with norm batch; leave it out, or --torch-compile")
     if values["spike_action"] != "report" and not values["spike_threshold"]:

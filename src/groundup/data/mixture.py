@@ -149,9 +149,11 @@ class Corpus:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Share of each source, 1 in sum; empty without a mixture."""
-        total = sum(part.weight for part in self.parts)
-        return {part.name: part.weight / total for part in self.parts} if self.mixed else {}
+        """Share of each source, as a run reads it, 1 in sum; empty without a mixture."""
+        if not self.mixed:
+            return {}
+        found = quotas({part.name: part.weight for part in self.parts})
+        return {name: quota / BLOCK for name, quota in found.items()}
 
     @cached_property
     def identity(self) -> str:

@@ -8,7 +8,7 @@ of GPT-2 is written likewise under a model type of its own, which no other progr
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -58,14 +58,23 @@ def from_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def save_model(model: GPT2, directory: Path, end_of_text_id: int, dtype: torch.dtype = torch.float32) -> None:
-    """Write model.safetensors, its numbers of the given type, config.json and generation_config.json."""
+def save_model(
+    model: GPT2, directory: Path, end_of_text_id: int, dtype: torch.dtype = torch.float32, *, never_written: Sequence[int] = ()
+) -> None:
+    """
+    Write model.safetensors, its numbers of the given type, config.json and generation_config.json.
+
+    Args:
+        never_written: ids that are no text, which no generation chooses.
+    """
     tensors = to_hugging_face(model.state_dict())
     # Batch norm counts its batches in whole numbers.
     weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     config = config_to_hugging_face(model.config, end_of_text_id) | {"dtype": str(dtype).removeprefix("torch.")}
-    generation = {"bos_token_id": end_of_text_id, "eos_token_id": end_of_text_id}
+    generation: dict[str, Any] = {"bos_token_id": end_of_text_id, "eos_token_id": end_of_text_id}
+    if never_written:
+        generation["suppress_tokens"] = list(never_written)
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (directory / name).write_bytes(json.dumps(content, indent=2).encode())
 

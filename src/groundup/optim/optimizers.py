@@ -93,8 +93,8 @@ def build_optimizer(
     penalty, and sgd is b ← μb + (g + λw), w ← w − αb, computed in this order; without momentum w ← w − α (g + λw). Of
     adafactor and muon there is no such form.
 
-    Adafactor's α is the size of the update, as in the paper's algorithm 4 and in Hugging Face's Trainer, not a fraction of
-    each tensor's own size as in algorithm 6, so that one learning rate suits every optimizer. Torch always multiplies by
+    Adafactor's α is the size of the update, as in Hugging Face's Trainer, not a fraction of each tensor's own size as in the
+    paper's section 8, so that one learning rate suits every optimizer. Torch always multiplies by
     max(ε₂, RMS(w)): ε₂ is 1, and only a tensor whose root mean square is above 1 takes larger steps. At step t torch keeps
     α below 1/√t. β₂ = 1 − t^−0.8 and clipping to a root mean square of 1 are algorithm 6's. The paper's ε₁ = 1e-30 in v is
     1e-15 in torch, which puts it on √v; torch's default, 1.2e-7, would be more than the mean of v in a model of GPT-2's size.

@@ -90,7 +90,8 @@ def evaluate(path: str | Path, **options: Any) -> dict[str, Any]:
     Measure a run or checkpoint on every validation window once: ``groundup evaluate``.
 
     Returns:
-        eval_loss, perplexity, bits_per_byte, token_accuracy, tokens, checkpoint.
+        eval_loss, perplexity, bits_per_byte, token_accuracy, tokens, checkpoint; and where sources have names, the same of
+        each but checkpoint, under sources.
     """
     with progress() as shown:
         return evaluate_recipe.evaluate(Path(path), _settings(EVALUATE_GROUPS, options), shown.say)
@@ -120,10 +121,11 @@ def export(path: str | Path, target: str | Path, **options: Any) -> dict[str, An
 
 def generate(path: str | Path, **options: Any) -> dict[str, Any]:
     """
-    Continue ``prompt`` (a text or several) with a run or checkpoint: ``groundup generate``.
+    Continue ``prompt`` (a text or several), or fill the hole between ``prefix`` and ``suffix``: ``groundup generate``.
 
     Returns:
-        completions (prompt, text, token_ids, finish_reason, stop_string, logprobs, score), tokens_per_second, checkpoint.
+        completions (prompt, suffix, text, token_ids, finish_reason, stop_string, logprobs, score), tokens_per_second,
+        checkpoint. ``prompt`` is a hole's prefix; ``suffix`` is None where there is none.
     """
     with progress() as shown:
         settings = _settings(GENERATE_GROUPS, options)

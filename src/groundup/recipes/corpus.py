@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from groundup.config.load import Settings
+from groundup.config.options import DataOptions
 from groundup.data.mixture import Corpus, Part
 from groundup.data.named import NamedSource
 from groundup.data.shards import Dataset
 from groundup.errors import ConfigError
 from groundup.recipes.loading import is_dataset, open_any_dataset
 from groundup.recipes.prepare import OF_THE_WEIGHTS, prepare_dataset, report, tokenizer_named
+from groundup.tokenizer.special import FILE_SEPARATOR
 from groundup.tokenizer.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -48,6 +50,11 @@ def prepare_mixture(
     else:
         # Checked before any text is read.
         given, origin = _mixture(prepared, opened).tokenizer, OF_A_DATASET
+        if settings[DataOptions].path_context and FILE_SEPARATOR not in given.special_ids:
+            raise ConfigError(
+                f"path_context: True (from {settings.origins['path_context']}), but {prepared[0].path} was prepared without "
+                "it; prepare it again with --path-context, or leave it out"
+            )
         asked = tokenizer_named(tokenizer) if isinstance(tokenizer, str) and tokenizer != "bpe" else None
         if asked is not None and not given.gives_the_ids_of(asked):
             raise ConfigError(
@@ -74,10 +81,15 @@ def open_mixture(named: Sequence[NamedSource], made: Path, tokenizer: Tokenizer)
     """
     opened = {}
     for source in named:
-        place = next((path for path in (Path(source.path), made) if is_dataset(path)), None)
-        if place is None:
-            raise ConfigError(f"data: the dataset of source {source.name} is gone (was {source.path} or {made})")
-        opened[source.path] = open_any_dataset(place, tokenizer)
+        if is_dataset(Path(source.path)):
+            opened[source.path] = open_any_dataset(Path(source.path), tokenizer)
+        elif is_dataset(made) and source.name in (dataset := open_any_dataset(made, tokenizer)).sources:
+            opened[source.path] = dataset
+        else:
+            raise ConfigError(
+                f"data: the dataset of source {source.name} is gone (was {source.path}); put it back there, or give --data "
+                "with a dataset or validation text"
+            )
     return _mixture(named, opened)
 
 

@@ -20,6 +20,7 @@ from groundup.recipes.importing import require_new
 from groundup.recipes.loading import Loaded, load_checkpoint
 from groundup.runtime.device import explained_memory_errors
 from groundup.runtime.files import new_place, sync_file
+from groundup.tokenizer.special import never_written
 
 Say = Callable[[str], None]
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -84,7 +85,8 @@ def _write_folder(loaded: Loaded, directory: Path, form: str, dtype: str) -> Non
             raise CheckpointError(
                 f"export: {name} has a weight of {most:.3g}, {dtype} ends at {largest:,.0f}; give --dtype bf16 or f32"
             )
-    save_model(loaded.model, directory, loaded.tokenizer.end_of_text_id, DTYPES[dtype])
+    end_of_text_id, marks = loaded.tokenizer.end_of_text_id, never_written(loaded.tokenizer)
+    save_model(loaded.model, directory, end_of_text_id, DTYPES[dtype], never_written=marks)
     loaded.tokenizer.save(directory)
     (directory / "README.md").write_bytes(card_of_checkpoint(loaded.checkpoint).encode())
 

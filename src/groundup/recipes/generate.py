@@ -295,7 +295,8 @@ class _InOrder:
                     break
                 else:
                     yield None
-            yield "\n"
+            if len(self._completions) > 1 or completion.suffix is None:
+                yield "\n"  # but what fills a single hole is exact
 
 
 def _shortened(text: str) -> str:

@@ -17,6 +17,7 @@ from groundup.recipes.prepare import tokenizer_named
 from groundup.recipes.weights import open_weights, say_report, tokenizer_hint
 from groundup.runtime.device import explained_memory_errors
 from groundup.runtime.files import new_place, require_free
+from groundup.tokenizer.special import never_written
 
 Say = Callable[[str], None]
 
@@ -56,7 +57,7 @@ def import_model(source: str, target: Path, settings: Settings, say: Say) -> dic
         )
 
     def write(directory: Path) -> None:
-        save_model(imported.model, directory, tokenizer.end_of_text_id)
+        save_model(imported.model, directory, tokenizer.end_of_text_id, never_written=never_written(tokenizer))
         tokenizer.save(directory)
 
     say_report(imported, say)

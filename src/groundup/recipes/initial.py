@@ -73,7 +73,7 @@ def starting_point(settings: Settings, checkpoint: Path | None, say: Say) -> Sta
         return None
     if checkpoint is not None:
         config = read_config(checkpoint / "config.json")
-        return Start(_with_shape(settings, config, str(checkpoint)), load_tokenizer(checkpoint), None)
+        return Start(_with_shape(settings, config, str(checkpoint), going_on=True), load_tokenizer(checkpoint), None)
     weights = _open(source, settings, say)
     tokenizer = weights.tokenizer
     if settings.origins["tokenizer"] != "default":
@@ -182,10 +182,15 @@ def _open(source: str, settings: Settings, say: Say) -> Imported:
     return open_weights(source, say, n_head=n_head)
 
 
-def _with_shape(settings: Settings, config: GPT2Config, source: str) -> Settings:
-    """The settings with the weights' shape; their context too, unless another was asked for."""
+def _with_shape(settings: Settings, config: GPT2Config, source: str, *, going_on: bool = False) -> Settings:
+    """
+    The settings with the weights' shape; their context too, unless another was asked for.
+
+    Args:
+        going_on: with the run's own weights, whose vocabulary may have grown by special tokens.
+    """
     options, origins = settings[ModelOptions], settings.origins
-    if config.vocab_size != settings[TokenizerOptions].vocab_size and origins["vocab_size"] != "default":
+    if not going_on and config.vocab_size != settings[TokenizerOptions].vocab_size and origins["vocab_size"] != "default":
         raise ConfigError(
             f"vocab_size: {settings[TokenizerOptions].vocab_size} (from {origins['vocab_size']}), but {source} has "
             f"{config.vocab_size}; leave it out"

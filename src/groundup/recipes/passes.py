@@ -63,7 +63,7 @@ def passes_for(
     found = fitting_batch_sizes(
         config,
         machine,
-        train_windows=ends(batch.total_batch_tokens)[1] // config.n_positions if "train" in asked else 0,
+        train_windows=max(ends(batch.total_batch_tokens)) // config.n_positions if "train" in asked else 0,
         eval_windows=measured if "evaluation" in asked else 0,
         optimizer=optimizer_arguments(settings),
         activation_checkpointing=settings[SpeedOptions].activation_checkpointing,

@@ -55,7 +55,9 @@ def prepare_dataset(
     named = sources_with_names(sources, settings) if named is None else named
     paths = [source.path for source in named] or sources
     if not paths and not settings[DataOptions].validation_source:
-        raise ConfigError("sources: none given; give files or folders, - for standard input, or python-stdlib")
+        raise ConfigError(
+            "sources: none given; give files or folders, - for standard input, python-stdlib, or --source NAME=PATH:WEIGHT"
+        )
     for source in (*paths, *settings[DataOptions].validation_source):
         if is_run(Path(source)):
             raise ConfigError(f"source {source}: is a run, not text; the data that it was trained on is {source}/{DATASET}")

@@ -56,8 +56,8 @@ def identity_of(
         "sources": corpus.weights or None,
         "optim": optimizer.optim if optimizer.optim != "adamw_torch_fused" else None,
         "weight_decay_type": optimizer.weight_decay_type if optimizer.weight_decay_type != "decoupled" else None,
-        # The checkpoint, not the run: a run that trained on is another teacher.
-        "teacher": str(teacher) if teacher else None,
+        # The checkpoint, not the run: a run that trained on is another teacher. What is downloaded has no path.
+        "teacher": str(teacher.resolve() if teacher.exists() else teacher) if teacher else None,
         "ema": True if optimizer.ema_decay else None,
         "sequence_length": batch.sequence_length or None,
         "total_batch_ramp": str(batch.total_batch_tokens) if isinstance(batch.total_batch_tokens, str) else None,
@@ -103,7 +103,10 @@ def require_identity(checkpoint: Path, was: dict[str, Any], identity: dict[str, 
     # Options that are younger than the checkpoint had their default.
     was = {f.name: f.default for f in fields(GPT2Config)} | was
     keys = sorted(was.keys() | identity.keys())
-    if differences := [f"{k}: {was.get(k)} → {identity.get(k)}" for k in keys if was.get(k) != identity.get(k)]:
+    changed = [k for k in keys if was.get(k) != identity.get(k)]
+    if "sources" in changed and "dataset_sha256" in changed:
+        changed.remove("dataset_sha256")  # it follows from them
+    if differences := [f"{k}: {was.get(k, 'default')} → {identity.get(k, 'default')}" for k in changed]:
         raise ConfigError(
             f"run {checkpoint.parent}: cannot resume {checkpoint.name} with changed {'; '.join(differences)}; give the "
             f"values it was started with (they are in {checkpoint.parent / CONFIG}, which --config reads), or another "

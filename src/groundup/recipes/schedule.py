@@ -101,12 +101,14 @@ def draw_named(names: Sequence[str], settings: Settings) -> dict[str, Any]:
         ConfigError: there is no schedule of a name.
     """
     options, drawing = settings[ScheduleOptions], settings[DrawingOptions]
+    if not drawing.output.endswith(".png"):
+        raise ConfigError(f"output: {drawing.output} (from {settings.origins['output']}) is no .png; name a file that ends so")
     known = next(f for f in fields(ScheduleOptions) if f.name == "lr_scheduler_type").metadata["choices"]
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(f"schedule: {name!r} is none; {hint}There are {', '.join(known)}")
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"schedule: {name!r} is not one of {', '.join(known)}{hint}")
     total = drawing.max_steps
     warmup, decay = steps_of(options.warmup_steps, total), steps_of(options.num_decay_steps, total)
     chosen = list(dict.fromkeys(names)) or [options.lr_scheduler_type]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,8 @@ def _train_once(training: Training, progress: Progress, should_stop: ShouldStop)
                 progress.step(step_line(row, plan.total_steps, left))
             # Saved before it is evaluated: an evaluation that is killed loses no training.
             checkpoint = None
-            if last or (options.save_steps and step.step % options.save_steps == 0):
+            # Not while steps are skipped: such a checkpoint would remember them, and be as near to the end as this run.
+            if last or (options.save_steps and step.step % options.save_steps == 0 and not state.skipped_in_a_row):
                 checkpoint = training.save()
             if stopping and checkpoint:
                 training.prune()
@@ -187,7 +188,8 @@ def _went_back(training: Training, step: StepResult, say: Say) -> bool:
     if len(left_out) >= options.max_rollbacks:
         raise DivergedError(
             f"diverged: a spike at step {step.step} (loss {step.loss:.4g}, gradient norm {step.grad_norm:.4g}) after going "
-            f"back {len(left_out)} times (max_rollbacks); the checkpoints are as they were; lower --learning-rate"
+            f"back {len(left_out)} times (max_rollbacks); the checkpoints are as they were; lower --learning-rate, or raise "
+            "--max-rollbacks"
         )
     first, samples = step.positions
     add_left_out(
@@ -222,6 +224,9 @@ def _describe(training: Training, say: Say) -> None:
         f"length: {plan.total_steps:,} steps = {plan.total_windows * plan.n_positions:,} tokens = {plan.epochs:.2f} epochs "
         f"of {plan.windows:,} windows; warmup {plan.warmup_steps:,} steps"
     )
+    if epochs := training.source_epochs():
+        shares = training.corpus.weights
+        say("sources: " + "; ".join(f"{name} {shares[name]:.1%}, {count:.2f} epochs" for name, count in epochs.items()))
     bits = byte_frequency_baseline(
         training.corpus.first_tokens("train", BASELINE_TOKENS),
         training.corpus.first_tokens("validation", BASELINE_TOKENS),
@@ -236,8 +241,10 @@ def _describe(training: Training, say: Say) -> None:
 def _say_best(training: Training, say: Say) -> None:
     selection = training.settings[SelectionOptions]
     if best := best_saved(training.run, read_rows(training.run / METRICS), selection):
+        averaged = ", with --weights ema" if metric_of(selection) == "eval_ema_loss" else ""
         say(
             f"best: checkpoint-{best.step} with {metric_of(selection)} {best.value:.4f}; commands that are given the run use it"
+            f"{averaged}"
         )
 
 
@@ -301,6 +308,7 @@ def _sinks(training: Training, say: Say) -> Sinks:
 
 
 def _step_row(training: Training, step: StepResult, tokens_per_second: float, peak: float) -> dict[str, Any]:
+    shape = replace(training.model.config, n_positions=training.plan.sequence_length_at(step.step))
     row: dict[str, Any] = {
         "step": step.step,
         "epoch": round(step.epoch, 6),
@@ -309,7 +317,7 @@ def _step_row(training: Training, step: StepResult, tokens_per_second: float, pe
         "learning_rate": step.learning_rate,
         "num_input_tokens_seen": training.state.tokens_seen,
         "tokens_per_second": round(tokens_per_second, 1),
-        "mfu": round(tokens_per_second * training_flops_per_token(training.model.config) / peak, 5),
+        "mfu": round(tokens_per_second * training_flops_per_token(shape) / peak, 5),
         "batch_digest": step.batch_digest,
     }
     if training.state.skipped_steps:

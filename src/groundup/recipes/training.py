@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -34,9 +34,10 @@ from groundup.config.options import (
     TrackingOptions,
 )
 from groundup.config.plan import Plan, plan_run
+from groundup.config.rules import FIGURES
 from groundup.data.batches import Samples, evaluation_batches_by_source
 from groundup.data.fim import FillInTheMiddle
-from groundup.data.mixture import Corpus
+from groundup.data.mixture import Corpus, Mixture
 from groundup.errors import ConfigError, DivergedError
 from groundup.evaluation.measure import Evaluation, evaluate_sources
 from groundup.generation.generate import generate_tokens
@@ -73,7 +74,7 @@ from groundup.recipes.teacher import Teacher, open_teacher
 from groundup.runtime.device import Machine, explained_memory_errors
 from groundup.runtime.files import exclusive, explained_os_errors, make_directory
 from groundup.runtime.random import derive_seed
-from groundup.tokenizer.special import FIM_TOKENS, usable_ids
+from groundup.tokenizer.special import FIM_TOKENS, never_written, usable_ids
 from groundup.tokenizer.tokenizer import Tokenizer
 from groundup.tracking.metrics import METRICS, read_rows, rewind
 from groundup.training.average import WeightAverage
@@ -113,6 +114,12 @@ class Training:
     def __iter__(self) -> Iterator[StepResult]:
         """Train from where the run is to its planned end, one step at a time."""
         return training_steps(self.learner, self.state, self.course, self.average)
+
+    def source_epochs(self) -> dict[str, float]:
+        """How often the whole run reads each source of a mixture; empty for other data."""
+        samples = self.course.samples
+        samples = samples.samples if isinstance(samples, FillInTheMiddle) else samples
+        return samples.epochs(self.plan.total_windows) if isinstance(samples, Mixture) else {}
 
     def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
         """Measure on the validation split, on at most ``max_eval_tokens``; None when a stop was asked for meanwhile."""
@@ -175,7 +182,7 @@ class Training:
             prune(self.run, kept(self.run, self.settings[RunOptions].save_total_limit, best))
 
     def _write_checkpoint(self, directory: Path) -> None:
-        save_model(self.model, directory, self.tokenizer.end_of_text_id)
+        save_model(self.model, directory, self.tokenizer.end_of_text_id, never_written=never_written(self.tokenizer))
         self.tokenizer.save(directory)
         save_optimizer(self.learner.optimizers.parts, self.model, directory / "optimizer.safetensors")
         if self.average is not None:
@@ -237,7 +244,13 @@ def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Setti
     samples = _samples(corpus, tokenizer, settings)
     saved = read_trainer_state(checkpoint) if checkpoint else None
     teacher = _teacher(settings, machine, tokenizer, say)
-    validation = sum(map(len, corpus.validation_windows(options.n_positions).values()))
+    by_source = corpus.validation_windows(options.n_positions)
+    if "ema" in by_source and settings[OptimizerOptions].ema_decay:
+        raise ConfigError(
+            "source: ema is what the figures of the averaged weights are called (ema_decay "
+            f"{settings[OptimizerOptions].ema_decay:g}); give this source another name"
+        )
+    validation = sum(map(len, by_source.values()))
     sizes = passes_for(settings, config, machine, validation_windows=validation, recorded=saved, say=say)
     plan = plan_run(options, batch, settings[ScheduleOptions], run_options, windows=len(samples), per_pass=sizes.train)
     identity = identity_of(config, corpus, tokenizer, settings, plan, teacher.checkpoint if teacher else None)
@@ -330,6 +343,24 @@ def _tokenizer(corpus: Corpus, start: Start | None, settings: Settings) -> Token
     if start is not None and start.tokenizer is not None:
         tokenizer = larger(start.tokenizer, tokenizer) or tokenizer
     return tokenizer.with_special_tokens(FIM_TOKENS) if settings[CodeOptions].fim_rate else tokenizer
+
+
+def _require_metric(settings: Settings, sources: Collection[str]) -> None:
+    """
+    The metric that decides must be measured.
+
+    Raises:
+        ConfigError: it is of a source that the data has not.
+    """
+    metric = settings[SelectionOptions].metric_for_best_model.removeprefix("eval_")
+    figure = next(name for name in FIGURES if metric.endswith(name))
+    name = metric.removesuffix(figure).rstrip("_")
+    if name and name != "ema" and name not in sources:
+        named = ", ".join(f"{source}_{figure}" for source in sources if source)
+        raise ConfigError(
+            f"metric_for_best_model: {metric} (from {settings.origins['metric_for_best_model']}) is of no source of the data; "
+            f"this run measures {figure}" + (f", {named}" if named else "")
+        )
 
 
 def _samples(corpus: Corpus, tokenizer: Tokenizer, settings: Settings) -> Samples:

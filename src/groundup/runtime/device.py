@@ -91,9 +91,14 @@ def choose_machine(device: str, bf16: bool | None, fp16: bool = False, tf32: boo
         why = "as asked; most processors emulate fp16, slowly" if kind == "cpu" else "as asked"
     else:
         why = "as asked" if bf16 is not None or tf32 else "the hardware has bf16" if has_bf16 else "no fast bf16 here"
-    name = torch.cuda.get_device_name() if kind == "cuda" else f"{torch.get_num_threads()} threads" if kind == "cpu" else kind
+    name = torch.cuda.get_device_name() if kind == "cuda" else _threads() if kind == "cpu" else kind
     reason = f"{kind} ({name}), {precision} ({why})"
     return Machine(torch.device(kind), dtype, name, reason, tf32)
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def _require_tf32(kind: str) -> None:

@@ -43,3 +43,8 @@ def usable_ids(tokenizer: Tokenizer) -> int:
     first = min(ids.prefix, ids.middle, ids.suffix, ids.pad) if ids else tokenizer.vocab_size
     only_marks = tokenizer.end_of_text_id < first and not any(tokenizer.token_bytes[first:])
     return first if only_marks else tokenizer.vocab_size
+
+
+def never_written(tokenizer: Tokenizer) -> list[int]:
+    """Ids that no generation chooses: the marks of a hole."""
+    return list(range(usable_ids(tokenizer), tokenizer.vocab_size))

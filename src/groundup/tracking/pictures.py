@@ -4,8 +4,11 @@ import io
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from groundup.runtime.files import replace_durably
 
@@ -46,12 +49,19 @@ def _draw(
     axes.grid(alpha=0.25)
     if training or validation:
         axes.legend(frameon=False)
-    last = max((r for r in rows if r["step"]), key=lambda r: r["step"], default=None)
-    if last:
-        per_step = last["num_input_tokens_seen"] / last["step"]
-        top = axes.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda t: t / per_step))
+    seen = dict(sorted((r["step"], r["num_input_tokens_seen"]) for r in rows if r["step"]))
+    if seen:
+        # A batch that grows makes it no straight line; beyond the ends it goes on as from the start.
+        per_step = max(seen.values()) / max(seen)
+        at, there = [0, *seen, 2 * max(seen)], [0, *seen.values(), 2 * max(seen) * per_step]
+        top = axes.secondary_xaxis("top", functions=(partial(_between, at, there), partial(_between, there, at)))
         top.set_xlabel("tokens seen")
         top.xaxis.set_major_formatter(EngFormatter())
     content = io.BytesIO()
     figure.savefig(content, format="png")
     replace_durably(path, content.getvalue())
+
+
+def _between(known: list[float], values: list[float], at: Any) -> Any:
+    """Values between known ones, on straight lines."""
+    return np.interp(at, known, values)
