@@ -35,6 +35,7 @@ SETTINGS = {
     "norm batch": {"norm": "batch"},
     "norm none": {"norm": "none"},
     "post-norm": {"norm_position": "post"},
+    "post-norm, rate 5e-4": {"norm_position": "post", "learning_rate": 5e-4},
     "post-norm, rms": {"norm": "rms", "norm_position": "post"},
     "schedule constant": {"lr_scheduler_type": "constant", "warmup_steps": None},
     "schedule constant_with_warmup": {"lr_scheduler_type": "constant_with_warmup"},

@@ -78,15 +78,15 @@ def test_a_hole_is_prefix_suffix_and_then_its_middle(filler, prefix, suffix):
     assert (found[0]["prompt"], found[0]["suffix"]) == (prefix, suffix)
     assert found[0]["text"] == BYTES.decode(found[0]["token_ids"])
     assert found[0]["finish_reason"] == "length"
-    # The middle only, and no line about a missing prompt.
-    assert shown == found[0]["text"] + "\n"
+    # The middle, to the letter, and no line about a missing prompt.
+    assert shown == found[0]["text"]
     assert lines == []
 
 
 def test_a_hole_ends_at_end_of_text(tmp_path):
     silent = save_filler(tmp_path, end=9.0)
     found, shown, _ = filled(silent, prefix="a", suffix="b", max_new_tokens=5)
-    assert (found[0]["text"], found[0]["token_ids"], found[0]["finish_reason"], shown) == ("", [END], "stop", "\n")
+    assert (found[0]["text"], found[0]["token_ids"], found[0]["finish_reason"], shown) == ("", [END], "stop", "")
 
 
 def test_several_fillings_and_stop_strings(filler):

@@ -32,8 +32,17 @@ def test_a_cuda_run_goes_on_on_the_cpu(text_file, tmp_path):
     assert summary["steps"] == TINY["max_steps"] + 4
 
 
-@pytest.mark.parametrize("options", [{"fp16": True}, {"tf32": True}, {"optim": "muon"}, {"optim": "adafactor"}, {"optim": "sgd"},
-                                     {"ema_decay": 0.9, "activation_checkpointing": True, "health_steps": 2}])  # fmt: skip
+OPTIONS = (
+    {"fp16": True},
+    {"tf32": True},
+    {"optim": "muon"},
+    {"optim": "adafactor"},
+    {"optim": "sgd"},
+    {"ema_decay": 0.9, "activation_checkpointing": True, "health_steps": 2},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_every_precision_and_optimizer_learns_and_goes_on(options, text_file, tmp_path):
     """On CUDA a step ends where the CPU's ends, but for the precision; a run goes on to where a straight one ends."""
     plain = groundup.train(

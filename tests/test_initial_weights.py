@@ -757,3 +757,16 @@ def test_all_that_the_shape_is_made_of_comes_from_the_weights():
 
     own = {"vocab_size", "n_positions", "resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range"}
     assert {f.name for f in fields(GPT2Config)} - own == set(SHAPE)
+
+
+def test_a_run_with_holes_from_weights_without_goes_on_by_the_same_command(text, tmp_path):
+    """Its vocabulary has grown by special tokens: the option that said how large the text's was still holds."""
+    base = TINY | {"tokenizer": "bpe", "vocab_size": 300, "max_steps": 2, "eval_steps": 0, "sample_tokens": 0}
+    groundup.train(text, tmp_path / "base", **base)
+    shape = ("n_layer", "n_head", "n_embd", "tokenizer")
+    tuned = {name: value for name, value in base.items() if name not in shape}
+    tuned |= {"init_from": str(tmp_path / "base"), "fim_rate": 0.5}
+    groundup.train(text, tmp_path / "holes", **tuned)
+    again = groundup.train(text, tmp_path / "holes", **tuned | {"max_steps": 4})
+    assert again["steps"] == 4
+    assert groundup.load(tmp_path / "holes").model.config.vocab_size == 305

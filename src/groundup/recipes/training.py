@@ -250,6 +250,7 @@ def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Setti
             "source: ema is what the figures of the averaged weights are called (ema_decay "
             f"{settings[OptimizerOptions].ema_decay:g}); give this source another name"
         )
+    _require_metric(settings, by_source)
     validation = sum(map(len, by_source.values()))
     sizes = passes_for(settings, config, machine, validation_windows=validation, recorded=saved, say=say)
     plan = plan_run(options, batch, settings[ScheduleOptions], run_options, windows=len(samples), per_pass=sizes.train)
