@@ -19,6 +19,7 @@ from typing import Any, get_type_hints
 import click
 
 from groundup import __version__
+from groundup.config.declaration import AUTO
 from groundup.config.load import Given, Settings, read_config_file, resolve
 from groundup.config.options import (
     COMMANDS,
@@ -36,6 +37,7 @@ from groundup.errors import ConfigError, GroundupError
 from groundup.tracking.surprise import harmless
 
 ALL_NAMES = {declaration.name for groups in COMMANDS.values() for group in groups for declaration in fields(group)}
+OF_TRAINING_ALONE = (("max_steps", 0), ("per_device_eval_batch_size", AUTO))
 LONGEST_LINE = 2000
 """Characters of an error: it may quote what a file says."""
 Run = Callable[[dict[str, Any], Settings], tuple[dict[str, Any], str]]
@@ -179,6 +181,8 @@ def _verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.
             # A run's config.toml holds the options of every command: those of others are not for this one.
             own_names = {declaration.name for group in groups for declaration in fields(group)}
             layers = {name: item for name, item in layers.items() if name in own_names or name not in ALL_NAMES}
+            if groups is not TRAIN_GROUPS:  # where no steps and a size found by itself are no values
+                layers = {name: item for name, item in layers.items() if (name, item.value) not in OF_TRAINING_ALONE}
             layers |= {
                 key: Given(value, f"--{key.replace('_', '-')}") for key, value in given.items() if value not in (None, ())
             }

@@ -23,7 +23,7 @@ class Ramp(str):
         try:
             first, _, rest = text.partition(":")
             last, _, length = rest.partition("@")
-            ramp.start, ramp.end, ramp.length = int(first), int(last), float(length)
+            ramp.start, ramp.end, ramp.length = _whole(first), _whole(last), float(length)
         except ValueError:
             raise ValueError("is not START:END@LENGTH, e.g. 32768:524288@0.2") from None
         if not (math.isfinite(ramp.length) and ramp.length > 0):
@@ -38,6 +38,15 @@ class Ramp(str):
     def steps(self, total_steps: int) -> int:
         """Steps until the end is reached, at least 1."""
         return max(1, math.ceil(self.length * total_steps) if self.length < 1 else round(self.length))
+
+
+def _whole(text: str) -> int:
+    """A whole number, 4096 or 2^12, that a counter holds."""
+    base, power, exponent = text.partition("^")
+    number = int(base) ** min(int(exponent), 64) if power else int(text)
+    if abs(number) >= 2**63:
+        raise ValueError
+    return int(number)
 
 
 def ends(value: int | Ramp) -> tuple[int, int]:

@@ -113,6 +113,8 @@ def _training_contradictions(values: Mapping[str, Any], origins: Mapping[str, st
     if values["fim_rate"] and values["sequence_length"]:
         refuse("fim_rate", f"needs whole windows: sequence_length {values['sequence_length']} (from "
                f"{origins['sequence_length']}) would cut a hole from its text; give one of them")  # fmt: skip
+    if values["norm"] == "batch" and min(values["n_positions"], *ends(values["sequence_length"] or values["n_positions"])) == 1:
+        refuse("norm", "needs more than one position in a pass; give a larger n_positions, or another norm")
     if values["norm"] == "batch" and values["torch_compile"] and values["activation_checkpointing"]:
         refuse("activation_checkpointing", "cannot be compiled with norm batch; leave it out, or --torch-compile")
     if values["spike_action"] != "report" and not values["spike_threshold"]:

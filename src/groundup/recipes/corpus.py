@@ -1,22 +1,62 @@
 """The data of a run: a dataset as it is, or a mixture of sources with names and weights, from text or prepared before."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from groundup.config.load import Settings
-from groundup.config.options import DataOptions
+from groundup.config.options import PREPARE_GROUPS, DataOptions, InitialWeightsOptions, TokenizerOptions
 from groundup.data.mixture import Corpus, Part
 from groundup.data.named import NamedSource
 from groundup.data.shards import Dataset
 from groundup.errors import ConfigError
 from groundup.recipes.loading import is_dataset, open_any_dataset
-from groundup.recipes.prepare import OF_THE_WEIGHTS, prepare_dataset, report, tokenizer_named
+from groundup.recipes.prepare import DATASET, OF_THE_WEIGHTS, prepare_dataset, report, sources_with_names, tokenizer_named
 from groundup.tokenizer.special import FILE_SEPARATOR
 from groundup.tokenizer.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 OF_A_DATASET = "of a dataset"
 """Stands in a dataset for the tokenizer of another one, with which it is mixed."""
+
+
+def corpus_of_run(sources: Sequence[str], run: Path, settings: Settings, say: Say, tokenizer: Tokenizer | None) -> Corpus:
+    """
+    The data to train on: the source itself, a mixture of named ones, or RUN/dataset made from the sources.
+
+    Args:
+        tokenizer: that of the weights to start from, instead of the one that the option names.
+    """
+    given = _given_tokenizer(settings)
+    # Nothing was learned from the dataset of a run without checkpoints: it may still change.
+    fresh = not any(run.glob("checkpoint-*"))
+    if named := sources_with_names(sources, settings):
+        return prepare_mixture(named, run / DATASET, settings, say, replace=fresh, tokenizer=tokenizer or given)
+    if len(sources) == 1 and is_dataset(Path(sources[0])):
+        dataset = open_any_dataset(Path(sources[0]), tokenizer or given)
+        if tokenizer is None and given and "request" in dataset.manifest:
+            was = dataset.manifest["request"]["tokenizer"]
+            if given != was:
+                raise ConfigError(
+                    f"tokenizer: {given!r} (from {settings.origins['tokenizer']}), but {sources[0]} was made with {was!r}; "
+                    "leave --tokenizer out, or prepare the text again"
+                )
+        names = [f.name for group in PREPARE_GROUPS for f in fields(group) if settings.origins[f.name] != "default"]
+        if idle := [name for name in names if name != "tokenizer"]:
+            say(f"no effect, because {sources[0]} is prepared already: {', '.join(idle)}")
+        report(dataset, say)
+        return Corpus.of(dataset)
+    if tokenizer is None and settings[InitialWeightsOptions].init_from and given is None:
+        raise ConfigError(
+            f"tokenizer: {settings[InitialWeightsOptions].init_from} holds none; name the one that it was trained with, "
+            "usually --tokenizer gpt2"
+        )
+    return Corpus.of(prepare_dataset(sources, run / DATASET, settings, say, replace=fresh, tokenizer=tokenizer))
+
+
+def _given_tokenizer(settings: Settings) -> str | None:
+    """The tokenizer option, where somebody gave it."""
+    return None if settings.origins["tokenizer"] == "default" else settings[TokenizerOptions].tokenizer
 
 
 def prepare_mixture(

@@ -5,6 +5,7 @@ import shutil
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ TRAINER_STATE = "trainer_state.json"
 
 
 def identity_of(
-    config: GPT2Config, corpus: Corpus, tokenizer: Tokenizer, settings: Settings, plan: Plan, teacher: Path | None
+    config: GPT2Config, corpus: Corpus, tokenizer: Tokenizer, settings: Settings, plan: Plan, teacher: str | None
 ) -> dict[str, Any]:
     """What must not change between the parts of one run; an option that is off says nothing, as before there was one."""
     batch, optimizer, code = settings[BatchOptions], settings[OptimizerOptions], settings[CodeOptions]
@@ -56,8 +57,8 @@ def identity_of(
         "sources": corpus.weights or None,
         "optim": optimizer.optim if optimizer.optim != "adamw_torch_fused" else None,
         "weight_decay_type": optimizer.weight_decay_type if optimizer.weight_decay_type != "decoupled" else None,
-        # The checkpoint, not the run: a run that trained on is another teacher. What is downloaded has no path.
-        "teacher": str(teacher.resolve() if teacher.exists() else teacher) if teacher else None,
+        # Its weights, wherever they are: a run that trained on is another teacher.
+        "teacher": teacher,
         "ema": True if optimizer.ema_decay else None,
         "sequence_length": batch.sequence_length or None,
         "total_batch_ramp": str(batch.total_batch_tokens) if isinstance(batch.total_batch_tokens, str) else None,
@@ -167,10 +168,20 @@ def read_left_out(run: Path) -> list[dict[str, Any]]:
         ) from None
 
 
-def add_left_out(run: Path, row: dict[str, Any]) -> None:
+def own_left_out(run: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of these batches those that this very run left out: one that starts anew with other data or another seed has none."""
+    digest = _digest(identity)
+    return [row for row in read_left_out(run) if row.get("run", digest) == digest]
+
+
+def add_left_out(run: Path, identity: dict[str, Any], row: dict[str, Any]) -> None:
     """Record one more batch that the run leaves out, durably: what follows depends on it."""
-    rows = [*read_left_out(run), row]
+    rows = [*read_left_out(run), {**row, "run": _digest(identity)}]
     replace_durably(run / LEFT_OUT, "".join(json.dumps(item) + "\n" for item in rows).encode())
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def require_ours(run: Path) -> None:

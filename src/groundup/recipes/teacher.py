@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from groundup.errors import ConfigError, GroundupError
@@ -26,6 +28,8 @@ class Teacher:
     weight: float
     checkpoint: Path
     """Where it was read from: of a run, the checkpoint itself."""
+    digest: str
+    """Of its weights."""
 
     def __call__(self, input_ids: Tensor) -> SoftTargets:
         """What it predicts after each of the tokens (B, T)."""
@@ -66,12 +70,13 @@ def open_teacher(
             f"teacher: {source} has a context of {config.n_positions:,} tokens and cannot read this run's {n_positions:,}; "
             f"give --n-positions {config.n_positions}, or take another teacher"
         )
+    digest = _digest(loaded.model)
     model = loaded.model.to(machine.device).eval().requires_grad_(False)
     say(
         f"teacher: {loaded.checkpoint}, {parameter_count(model):,} parameters; share {weight:g} of the loss, temperature "
         f"{temperature:g}"
     )
-    return Teacher(model, temperature, weight, loaded.checkpoint)
+    return Teacher(model, temperature, weight, loaded.checkpoint, digest)
 
 
 def _require_tokenizer(source: str, its: Tokenizer, vocab_size: int, tokenizer: Tokenizer) -> None:
@@ -100,3 +105,12 @@ def _require_tokenizer(source: str, its: Tokenizer, vocab_size: int, tokenizer: 
 def _names(of: Tokenizer, beside: Tokenizer) -> str:
     """The special tokens of one that the other lacks."""
     return ", ".join(name for name in of.special_ids if name not in beside.special_ids)
+
+
+def _digest(model: GPT2) -> str:
+    """Hash of the weights, wherever they were read from."""
+    found = sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.contiguous().view(torch.uint8).numpy() if tensor.dim() else str(tensor.item()).encode())
+    return found.hexdigest()

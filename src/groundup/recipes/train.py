@@ -23,14 +23,14 @@ from groundup.errors import DivergedError, Stopped
 from groundup.evaluation.measure import Evaluation, byte_frequency_baseline
 from groundup.model.flops import parameter_count, training_flops_per_token
 from groundup.recipes.loading import best_checkpoint
-from groundup.recipes.record import SAMPLES, add_left_out, read_left_out
+from groundup.recipes.record import SAMPLES, add_left_out, own_left_out
 from groundup.recipes.selection import best_saved, metric_of, out_of_patience
 from groundup.recipes.spike_report import report_spike
 from groundup.recipes.training import Training, open_training
 from groundup.runtime.device import explained_memory_errors, peak_flops
 from groundup.runtime.files import explained_os_errors
 from groundup.runtime.signals import stop_requests
-from groundup.tracking.metrics import METRICS, append_row, read_rows
+from groundup.tracking.metrics import METRICS, append_row, read_rows, rewind
 from groundup.tracking.pictures import draw_curves
 from groundup.tracking.progress import Progress, step_line
 from groundup.tracking.sinks import Sinks, open_sinks
@@ -53,15 +53,16 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
         Stopped: a signal came; a checkpoint was saved.
         DivergedError: too many steps in a row were skipped, or the run went back too often.
     """
-    seconds = 0.0
+    seconds, before = 0.0, None
     with explained_os_errors(run, "train"), explained_memory_errors(), stop_requests(progress.say) as should_stop:
         while True:
             # A run that goes back is set up again, as one that was stopped there: there is one way to go on.
-            with open_training(sources, run, settings, progress.say) as training:
+            with open_training(sources, run, settings, progress.say, before) as training:
                 finished, spent = _train_once(training, progress, should_stop)
                 seconds += spent
                 if finished:
                     return _summary(training, seconds)
+            before = training
 
 
 def _train_once(training: Training, progress: Progress, should_stop: ShouldStop) -> tuple[bool, float]:
@@ -70,6 +71,7 @@ def _train_once(training: Training, progress: Progress, should_stop: ShouldStop)
     options, selection = training.settings[RunOptions], training.settings[SelectionOptions]
     due = _evaluates_here(training) and not _evaluated(training)
     if not due and (limits := _ended_by(training)):
+        training.prune()  # a run that was killed at its very end may not have come to it
         draw_curves(read_rows(run / METRICS), run, run.name)
         progress.say(f"run {run}: already complete at step {state.step:,}; raise {limits} to go on")
         return True, 0.0
@@ -97,7 +99,7 @@ def _train_once(training: Training, progress: Progress, should_stop: ShouldStop)
             # Saved before it is evaluated: an evaluation that is killed loses no training.
             checkpoint = None
             # Not while steps are skipped: such a checkpoint would remember them, and be as near to the end as this run.
-            if last or (options.save_steps and step.step % options.save_steps == 0 and not state.skipped_in_a_row):
+            if last or (options.save_steps and step.step % options.save_steps == 0 and state.skipped_in_a_row < 2):
                 checkpoint = training.save()
             if stopping and checkpoint:
                 training.prune()
@@ -111,8 +113,13 @@ def _train_once(training: Training, progress: Progress, should_stop: ShouldStop)
                 checkpoint = training.save()
             if checkpoint:
                 training.prune()
-            if ended or last:
+            if ended:
                 break
+    if not state.updates:
+        raise DivergedError(
+            f"diverged: none of the {state.step} steps had a loss and gradient that are finite; nothing was learned: lower "
+            "--learning-rate, or look at the data"
+        )
     if selection.load_best_model_at_end:
         _say_best(training, progress.say)
     draw_curves(read_rows(run / METRICS), run, run.name)
@@ -184,7 +191,7 @@ def _went_back(training: Training, step: StepResult, say: Say) -> bool:
     say(f"step {step.step}: SPIKE: {step.spike.describe()}; the batch is {what}, and saved as text in {path}")
     if options.spike_action != "rollback":
         return False
-    left_out = read_left_out(run)
+    left_out = own_left_out(run, training.identity)
     if len(left_out) >= options.max_rollbacks:
         raise DivergedError(
             f"diverged: a spike at step {step.step} (loss {step.loss:.4g}, gradient norm {step.grad_norm:.4g}) after going "
@@ -194,6 +201,7 @@ def _went_back(training: Training, step: StepResult, say: Say) -> bool:
     first, samples = step.positions
     add_left_out(
         run,
+        training.identity,
         {"step": step.step, "first_sample": first, "samples": samples, "loss": step.loss, "grad_norm": step.grad_norm},
     )
     say(f"step {step.step}: going back to the last checkpoint, to go on without these {samples} windows")
@@ -209,7 +217,7 @@ def _describe(training: Training, say: Say) -> None:
         f"model: {start or options.model}, {parameter_count(training.model):,} parameters ({config.n_layer} layers, "
         f"{config.n_head} heads, {config.n_embd} wide, context {config.n_positions}, vocabulary {config.vocab_size:,})"
     )
-    passes, first = len(plan.micro_batches_at(plan.total_steps)), plan.tokens_at(1)
+    passes, first = -(-plan.windows_per_step // plan.per_pass), plan.tokens_at(1)
     say(
         f"batch: {plan.tokens_per_step:,} tokens = {plan.windows_per_step} windows of {config.n_positions}, in {passes} "
         f"pass{'es' if passes > 1 else ''} of at most {plan.per_pass}"
@@ -269,6 +277,12 @@ def _evaluate(training: Training, progress: Progress, sinks: Sinks, should_stop:
         **(_figures("eval_ema_", averaged) if averaged else {}),
         "num_input_tokens_seen": state.tokens_seen,
     }
+    options, text = training.settings[TrackingOptions], ""
+    if options.sample_tokens and np.isfinite(result.loss):
+        text = training.sample()
+        # Before the row that says that this step was evaluated, and once: a run killed between the two writes both again.
+        rewind(training.run / SAMPLES, state.step - 1)
+        append_row(training.run / SAMPLES, {"step": state.step, "prompt": options.sample_prompt, "text": text})
     _log(training, sinks, row)
     parts = [f"; {name} {part.loss:.4f}" for name, part in result.sources.items()]
     parts += [f"; averaged weights {averaged.loss:.4f}"] if averaged else []
@@ -277,10 +291,7 @@ def _evaluate(training: Training, progress: Progress, sinks: Sinks, should_stop:
         f"{result.bits_per_byte:.3f} bits per byte | token accuracy {result.token_accuracy:.1%} | {result.tokens:,} tokens"
         + "".join(parts)
     )
-    options = training.settings[TrackingOptions]
     if options.sample_tokens and np.isfinite(result.loss):
-        text = training.sample()
-        append_row(training.run / SAMPLES, {"step": state.step, "prompt": options.sample_prompt, "text": text})
         progress.say(f"  sample: {json.dumps(options.sample_prompt + text, ensure_ascii=False)}")
     draw_curves(read_rows(training.run / METRICS), training.run, training.run.name)
     return True

@@ -17,7 +17,6 @@ from groundup.checkpoint.commit import commit, newest_good, prune, remove_leftov
 from groundup.checkpoint.optimizer import load_optimizer, save_optimizer
 from groundup.config.load import Settings
 from groundup.config.options import (
-    PREPARE_GROUPS,
     BatchOptions,
     CodeOptions,
     InitialWeightsOptions,
@@ -30,7 +29,6 @@ from groundup.config.options import (
     SpeedOptions,
     SpikeOptions,
     TargetOptions,
-    TokenizerOptions,
     TrackingOptions,
 )
 from groundup.config.plan import Plan, plan_run
@@ -49,18 +47,17 @@ from groundup.model.gpt2 import GPT2, GPT2Config
 from groundup.model.initial import initialize
 from groundup.model.variants import build_gpt2, caveats
 from groundup.optim.optimizers import build_optimizer
-from groundup.recipes.corpus import prepare_mixture
+from groundup.recipes.corpus import corpus_of_run
 from groundup.recipes.initial import Start, freeze, initial_model, larger, require_tokenizer, starting_point
-from groundup.recipes.loading import is_dataset, open_any_dataset
 from groundup.recipes.machine import machine_for
 from groundup.recipes.passes import optimizer_arguments, passes_for
-from groundup.recipes.prepare import DATASET, prepare_dataset, report, sources_with_names
+from groundup.recipes.prepare import DATASET, sources_with_names
 from groundup.recipes.record import (
     LOCK,
     SAMPLES,
     TRAINER_STATE,
     identity_of,
-    read_left_out,
+    own_left_out,
     read_trainer_state,
     require_disk_space,
     require_identity,
@@ -78,7 +75,7 @@ from groundup.tokenizer.special import FIM_TOKENS, never_written, usable_ids
 from groundup.tokenizer.tokenizer import Tokenizer
 from groundup.tracking.metrics import METRICS, read_rows, rewind
 from groundup.training.average import WeightAverage
-from groundup.training.loop import Course, StepResult, training_steps
+from groundup.training.loop import Course, Range, StepResult, training_steps
 from groundup.training.state import TrainState
 from groundup.training.step import Learner
 
@@ -95,6 +92,7 @@ class Training:
     tokenizer: Tokenizer
     machine: Machine
     learner: Learner
+    teacher: Teacher | None
     average: WeightAverage | None
     course: Course
     eval_batch_size: int
@@ -202,9 +200,14 @@ class Training:
 
 
 @contextmanager
-def open_training(sources: Sequence[str], run: Path, settings: Settings, say: Say) -> Iterator[Training]:
+def open_training(
+    sources: Sequence[str], run: Path, settings: Settings, say: Say, going_back: Training | None = None
+) -> Iterator[Training]:
     """
     Set a run up, from scratch or from its newest good checkpoint, and hold its directory while the block runs.
+
+    Args:
+        going_back: the same run, which left off to go back: its data and its teacher are in hand, and are not opened again.
 
     Raises:
         ConfigError: options that contradict each other, the data or the checkpoint; a directory in use.
@@ -214,11 +217,13 @@ def open_training(sources: Sequence[str], run: Path, settings: Settings, say: Sa
     with ExitStack() as stack:
         # Errors of the set-up are explained; those of the block are the caller's.
         with explained_os_errors(run, "train"), explained_memory_errors():
-            training = _set_up(stack, sources, run, settings, say)
+            training = _set_up(stack, sources, run, settings, say, going_back)
         yield training
 
 
-def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Settings, say: Say) -> Training:
+def _set_up(
+    stack: ExitStack, sources: Sequence[str], run: Path, settings: Settings, say: Say, before: Training | None
+) -> Training:
     """What ``open_training`` says; what must be let go of afterwards is put on the stack."""
     machine = machine_for(settings[MachineOptions], training=True, speed=settings[SpeedOptions])
     stack.enter_context(machine.float32_products())
@@ -226,24 +231,26 @@ def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Setti
     checkpoint = newest_good(run, say)
     start = starting_point(settings, checkpoint, say)
     settings = start.settings if start else settings
-    corpus = _corpus(sources, run, settings, say, start.tokenizer if start else None)
+    corpus = before.corpus if before else corpus_of_run(sources, run, settings, say, start.tokenizer if start else None)
     options, batch, run_options = settings[ModelOptions], settings[BatchOptions], settings[RunOptions]
     if start:
         for part in corpus.parts:
             require_tokenizer(start, part.dataset, settings[InitialWeightsOptions].init_from)
     corpus.require_windows(options.n_positions)
-    corpus.verify()
+    if before is None:
+        corpus.verify()
 
     tokenizer = _tokenizer(corpus, start, settings)
     config = GPT2Config(
         vocab_size=tokenizer.vocab_size,
         **{f.name: getattr(options, f.name) for f in fields(options) if f.name != "model"},
     )
+    _require_parts(config, settings)
     for line in caveats(config):
         say(line)
     samples = _samples(corpus, tokenizer, settings)
     saved = read_trainer_state(checkpoint) if checkpoint else None
-    teacher = _teacher(settings, machine, tokenizer, say)
+    teacher = before.teacher if before else _teacher(settings, machine, tokenizer, say)
     by_source = corpus.validation_windows(options.n_positions)
     if "ema" in by_source and settings[OptimizerOptions].ema_decay:
         raise ConfigError(
@@ -254,7 +261,7 @@ def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Setti
     validation = sum(map(len, by_source.values()))
     sizes = passes_for(settings, config, machine, validation_windows=validation, recorded=saved, say=say)
     plan = plan_run(options, batch, settings[ScheduleOptions], run_options, windows=len(samples), per_pass=sizes.train)
-    identity = identity_of(config, corpus, tokenizer, settings, plan, teacher.checkpoint if teacher else None)
+    identity = identity_of(config, corpus, tokenizer, settings, plan, teacher.digest if teacher else None)
     if checkpoint and saved:
         require_identity(checkpoint, saved["identity"], identity)
     state = TrainState(**saved["state"]) if saved else TrainState()
@@ -275,8 +282,11 @@ def _set_up(stack: ExitStack, sources: Sequence[str], run: Path, settings: Setti
     if state.step < plan.total_steps:
         prepared_here = any(part.dataset.directory == run / DATASET for part in corpus.parts)
         write_config(run, sources, settings, prepared_here=prepared_here)
-    course = _course(settings, plan, samples, machine, run)
-    return Training(run, settings, corpus, tokenizer, machine, learner, average, course, sizes.evaluation, state, identity)
+    left_out = tuple((row["first_sample"], row["samples"]) for row in own_left_out(run, identity))
+    course = _course(settings, plan, samples, machine, left_out)
+    return Training(
+        run, settings, corpus, tokenizer, machine, learner, teacher, average, course, sizes.evaluation, state, identity
+    )
 
 
 def _take_place(stack: ExitStack, sources: Sequence[str], run: Path, settings: Settings) -> None:
@@ -299,51 +309,25 @@ def _take_place(stack: ExitStack, sources: Sequence[str], run: Path, settings: S
     remove_leftovers(run)
 
 
-def _corpus(sources: Sequence[str], run: Path, settings: Settings, say: Say, tokenizer: Tokenizer | None) -> Corpus:
-    """
-    The data to train on: the source itself, a mixture of named ones, or RUN/dataset made from the sources.
-
-    Args:
-        tokenizer: that of the weights to start from, instead of the one that the option names.
-    """
-    given = _given_tokenizer(settings)
-    # Nothing was learned from the dataset of a run without checkpoints: it may still change.
-    fresh = not any(run.glob("checkpoint-*"))
-    if named := sources_with_names(sources, settings):
-        return prepare_mixture(named, run / DATASET, settings, say, replace=fresh, tokenizer=tokenizer or given)
-    if len(sources) == 1 and is_dataset(Path(sources[0])):
-        dataset = open_any_dataset(Path(sources[0]), tokenizer or given)
-        if tokenizer is None and given and "request" in dataset.manifest:
-            was = dataset.manifest["request"]["tokenizer"]
-            if given != was:
-                raise ConfigError(
-                    f"tokenizer: {given!r} (from {settings.origins['tokenizer']}), but {sources[0]} was made with {was!r}; "
-                    "leave --tokenizer out, or prepare the text again"
-                )
-        names = [f.name for group in PREPARE_GROUPS for f in fields(group) if settings.origins[f.name] != "default"]
-        if idle := [name for name in names if name != "tokenizer"]:
-            say(f"no effect, because {sources[0]} is prepared already: {', '.join(idle)}")
-        report(dataset, say)
-        return Corpus.of(dataset)
-    if tokenizer is None and settings[InitialWeightsOptions].init_from and given is None:
-        raise ConfigError(
-            f"tokenizer: {settings[InitialWeightsOptions].init_from} holds none; name the one that it was trained with, "
-            "usually --tokenizer gpt2"
-        )
-    return Corpus.of(prepare_dataset(sources, run / DATASET, settings, say, replace=fresh, tokenizer=tokenizer))
-
-
-def _given_tokenizer(settings: Settings) -> str | None:
-    """The tokenizer option, where somebody gave it."""
-    return None if settings.origins["tokenizer"] == "default" else settings[TokenizerOptions].tokenizer
-
-
 def _tokenizer(corpus: Corpus, start: Start | None, settings: Settings) -> Tokenizer:
     """The run's tokenizer: of data or weights, whichever has more special tokens, with those of holes to fill."""
     tokenizer = corpus.tokenizer
     if start is not None and start.tokenizer is not None:
         tokenizer = larger(start.tokenizer, tokenizer) or tokenizer
     return tokenizer.with_special_tokens(FIM_TOKENS) if settings[CodeOptions].fim_rate else tokenizer
+
+
+def _require_parts(config: GPT2Config, settings: Settings) -> None:
+    """
+    What the set-up would find out late is asked of a model without weights: names to freeze, an optimizer that is there.
+
+    Raises:
+        ConfigError: one of them is not.
+    """
+    with torch.device("meta"):
+        model = build_gpt2(config)
+    freeze(model, settings[InitialWeightsOptions].freeze, settings.origins["freeze"])
+    build_optimizer(model, **optimizer_arguments(settings))
 
 
 def _require_metric(settings: Settings, sources: Collection[str]) -> None:
@@ -355,8 +339,8 @@ def _require_metric(settings: Settings, sources: Collection[str]) -> None:
     """
     metric = settings[SelectionOptions].metric_for_best_model.removeprefix("eval_")
     figure = next(name for name in FIGURES if metric.endswith(name))
-    name = metric.removesuffix(figure).rstrip("_")
-    if name and name != "ema" and name not in sources:
+    name = metric.removesuffix(figure).removesuffix("_")
+    if metric not in (figure, f"ema_{figure}") and (not name or name not in sources):
         named = ", ".join(f"{source}_{figure}" for source in sources if source)
         raise ConfigError(
             f"metric_for_best_model: {metric} (from {settings.origins['metric_for_best_model']}) is of no source of the data; "
@@ -415,7 +399,7 @@ def _learner(model: GPT2, teacher: Teacher | None, settings: Settings, machine: 
     return Learner(model, forward, optimizers, machine.autocast, smoothing, teacher)
 
 
-def _course(settings: Settings, plan: Plan, samples: Samples, machine: Machine, run: Path) -> Course:
+def _course(settings: Settings, plan: Plan, samples: Samples, machine: Machine, left_out: tuple[Range, ...]) -> Course:
     """What the loop follows."""
     return Course(
         samples=samples,
@@ -426,7 +410,7 @@ def _course(settings: Settings, plan: Plan, samples: Samples, machine: Machine, 
         seed=settings[RunOptions].seed,
         device=machine.device,
         loss_scaling=machine.dtype == torch.float16,
-        left_out=tuple((row["first_sample"], row["samples"]) for row in read_left_out(run)),
+        left_out=left_out,
         health_steps=settings[TrackingOptions].health_steps,
     )
 

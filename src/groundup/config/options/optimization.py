@@ -147,7 +147,7 @@ class OptimizerOptions:
     )
     adam_beta1: float = option(0.9, "AdamW's beta1.", at_least=0, below=1)
     adam_beta2: float = option(0.95, "AdamW's beta2.", at_least=0, below=1, why="GPT-3, appendix B")
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", at_least=0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", above=0)
     sgd_momentum: float = option(0.9, "Momentum of sgd.", at_least=0, below=1, why="ours: Hugging Face passes optim_args")
     muon_momentum: float = option(0.95, "Momentum of muon.", at_least=0, below=1, why="ours, as sgd_momentum")
     max_grad_norm: float = option(1.0, "Clip the gradient to this global norm; 0 is off.", at_least=0)
