@@ -4,8 +4,8 @@ Does fill-in-the-middle help to fill a line? The same model trained with and wit
     python benchmarks/fill.py --work FOLDER [--steps 2500] [--lines 1000] [--jobs 2]
 
 In files that neither has seen, one line is taken out. The model trained with fill-in-the-middle sees what is before and after
-it, the other one what is before. Both write greedily; what counts is the first line of what they write. A line of the result is
-appended to history/fill.jsonl.
+it, the other one what is before. The hole begins before the line break, because a break and the indentation after it are one
+token. Both write greedily; what counts is the first line that they write. The result is appended to history/fill.jsonl.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from provenance import provenance
 
 HISTORY = Path(__file__).parent / "history" / "fill.jsonl"
 MODEL = {
-    "n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256, "vocab_size": 4096, "total_batch_tokens": 2048,
-    "learning_rate": 2e-3, "eval_steps": 500, "save_steps": 500, "max_eval_tokens": 65536, "sample_tokens": 0, "peak_tflops": 1,
+    "n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 128, "vocab_size": 4096, "total_batch_tokens": 1024,
+    "optim": "muon", "learning_rate": 3e-3, "eval_steps": 500, "save_steps": 500, "max_eval_tokens": 65536, "sample_tokens": 0, "peak_tflops": 1,
 }  # fmt: skip
-RATES = {"left to right": 0.0, "fill-in-the-middle": 0.5}
+RATES = {"left to right": 0.0, "fill-in-the-middle": 0.7}
 LONGEST_LINE = 32
 """Tokens that a model may write."""
-CONTEXT = 256
+CONTEXT = 128
 
 
 def train(run: Path, rate: float, steps: int, threads: str) -> None:
@@ -51,13 +51,18 @@ def holes(run: Path, count: int) -> list[tuple[str, str, str]]:
         lines = tokenizer.decode(tokens[start:end].tolist()).split("\n")
         numbers = [n for n in range(5, len(lines) - 5) if sum(c.isalpha() for c in lines[n]) >= 3]
         chosen = draw.sample(numbers, min(20, len(numbers)))
-        found += [("\n".join(lines[:n]) + "\n", lines[n], "\n" + "\n".join(lines[n + 1 :])) for n in chosen]
+        found += [("\n".join(lines[:n]), lines[n], "\n" + "\n".join(lines[n + 1 :])) for n in chosen]
     draw.shuffle(found)
     return found[:count]
 
 
-def exact_matches(run: Path, asked: list[tuple[str, str, str]], with_suffix: bool) -> tuple[float, float]:
-    """Share of lines that are written as they were; and of those where nothing but the line was written."""
+def exact_matches(run: Path, asked: list[tuple[str, str, str]], order: str) -> tuple[float, float]:
+    """
+    Share of lines that are written as they were; and of those where nothing but the line was written.
+
+    Args:
+        order: PSM or SPM, with the suffix; anything else is from the left alone.
+    """
     import groundup
     from groundup.generation.generate import generate_tokens
     from groundup.generation.sampling import Sampler
@@ -69,9 +74,11 @@ def exact_matches(run: Path, asked: list[tuple[str, str, str]], with_suffix: boo
     room = CONTEXT - LONGEST_LINE - 4
     for before, _, after in asked:
         prefix = tokenizer.encode(before[-4000:]).tolist()
-        if with_suffix:
-            suffix = tokenizer.encode(after[:4000]).tolist()[: room // 2]
+        suffix = tokenizer.encode(after[:4000]).tolist()[: room // 3]
+        if order == "PSM":
             prompts.append([marks.prefix, *prefix[len(suffix) - room :], marks.suffix, *suffix, marks.middle])
+        elif order == "SPM":
+            prompts.append([marks.prefix, marks.suffix, *suffix, marks.middle, *prefix[len(suffix) - room :]])
         else:
             prompts.append(prefix[-room:])
     written: dict[int, list[int]] = {number: [] for number in range(len(prompts))}
@@ -83,8 +90,9 @@ def exact_matches(run: Path, asked: list[tuple[str, str, str]], with_suffix: boo
         if choice.token != tokenizer.end_of_text_id:
             written[choice.prompt].append(choice.token)
     texts = [tokenizer.decode(written[number]) for number in range(len(prompts))]
-    first = sum(text.split("\n")[0] == line for text, (_, line, _) in zip(texts, asked, strict=True))
-    whole = sum(text == line for text, (_, line, _) in zip(texts, asked, strict=True))
+    lines = ["\n" + line for _, line, _ in asked]
+    first = sum((text + "\n").startswith(line + "\n") for text, line in zip(texts, lines, strict=True))
+    whole = sum(text == line for text, line in zip(texts, lines, strict=True))
     return first / len(asked), whole / len(asked)
 
 
@@ -101,12 +109,16 @@ def main() -> None:
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(lambda name: train(runs[name], RATES[name], given.steps, threads), RATES))
     asked = holes(runs["left to right"], given.lines)
-    line = provenance("fill.py") | {"steps": given.steps, "tokens": given.steps * 2048, "lines": len(asked)}
+    line = provenance("fill.py") | {
+        "steps": given.steps,
+        "tokens": given.steps * MODEL["total_batch_tokens"],
+        "lines": len(asked),
+    }
     for name, run in runs.items():
-        first, whole = exact_matches(run, asked, with_suffix=RATES[name] > 0)
-        line[name] = {"exact_match": round(first, 4), "nothing_but_the_line": round(whole, 4)}
-        if RATES[name]:  # the same model, from the left only
-            line[name]["exact_match_from_the_left"] = round(exact_matches(run, asked, with_suffix=False)[0], 4)
+        line[name] = {}
+        for order in ("from the left", "PSM", "SPM") if RATES[name] else ("from the left",):
+            first, whole = exact_matches(run, asked, order)
+            line[name][order] = {"exact_match": round(first, 4), "nothing_but_the_line": round(whole, 4)}
         rows = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
         line[name]["eval_loss"] = [row["eval_loss"] for row in rows if row.get("eval_loss")][-1]
         print(name, line[name], flush=True)

@@ -191,7 +191,7 @@ def test_going_back_is_as_if_the_batch_had_never_been_there(data, tmp_path, bad,
 
     bad()
     given = [{"first_sample": batch(step), "samples": 8} for step in (23, 28)]
-    monkeypatch.setattr("groundup.recipes.training.read_left_out", lambda run: given)
+    monkeypatch.setattr("groundup.recipes.training.own_left_out", lambda run, identity: given)
     groundup.train(data, straight, **options)
     assert_same_end(run, straight)
     assert last_state(run) == last_state(straight)
@@ -213,7 +213,7 @@ def test_going_back_while_the_batch_grows(data, tmp_path, steps, windows, monkey
     found = read_left_out(tmp_path / "run")
     assert len(found) == 1
     assert found[0]["first_sample"] <= bad_at < found[0]["first_sample"] + found[0]["samples"]
-    monkeypatch.setattr("groundup.recipes.training.read_left_out", lambda run: found)
+    monkeypatch.setattr("groundup.recipes.training.own_left_out", lambda run, identity: found)
     groundup.train(data, tmp_path / "straight", **options)
     assert_same_end(tmp_path / "run", tmp_path / "straight")
 
@@ -225,7 +225,7 @@ def test_what_was_left_out_is_written_down(data, tmp_path, bad):
     lines = [json.loads(line) for line in (run / "left_out.jsonl").read_text().splitlines()]
     # Without the first, everything after it is one step earlier: the last step reads what would have been the 33rd's.
     assert [(row["step"], row["first_sample"]) for row in lines] == [(26, batch(26)), (31, batch(32))]
-    assert all(row.keys() == {"step", "first_sample", "samples", "loss", "grad_norm"} for row in lines)
+    assert all(row.keys() == {"step", "first_sample", "samples", "loss", "grad_norm", "identity"} for row in lines)
     assert all(row["loss"] > 10 and row["grad_norm"] > 1 for row in lines)
     files = sorted(path.name for path in (run / "spikes").iterdir())
     assert files == ["step-000026.txt", "step-000031.txt"]
@@ -259,9 +259,9 @@ def test_killed_while_going_back_it_ends_the_same(data, tmp_path, bad, monkeypat
     run, straight = tmp_path / "run", tmp_path / "straight"
     groundup.train(data, straight, **ROLLBACK)
 
-    def killing(run: Path, row: dict[str, Any]) -> None:
+    def killing(run: Path, identity: dict[str, Any], row: dict[str, Any]) -> None:
         if moment.startswith("after"):
-            add_left_out(run, row)
+            add_left_out(run, identity, row)
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -436,3 +436,31 @@ def test_an_overflow_that_no_loss_scale_cures_is_a_divergence(data, tmp_path, st
     steps(lambda *step: overflowing(*step, above=0))
     with pytest.raises(DivergedError, match="3 steps in a row up to step 19"):
         groundup.train(data, tmp_path / "run", **HALF)
+
+
+def test_a_run_that_starts_anew_otherwise_leaves_nothing_out(data, tmp_path, bad):
+    """Before the first checkpoint another seed is another order of the data: the positions mean something else."""
+    run, fresh = tmp_path / "run", tmp_path / "fresh"
+    late = ROLLBACK | {"save_steps": 500, "max_rollbacks": 1}
+    bad(*(batch(step) for step in range(26, 33)))
+    with pytest.raises(DivergedError):
+        groundup.train(data, run, **late)
+    assert read_left_out(run)
+    bad()
+    groundup.train(data, run, **late | {"seed": 7})
+    groundup.train(data, fresh, **late | {"seed": 7})
+    assert_same_end(run, fresh)
+
+
+def test_going_back_needs_the_source_no_more(tmp_path, bad, monkeypatch):
+    """Standard input is read once, and a file may be edited meanwhile: the data is in hand."""
+    text = tmp_path / "text.txt"
+    text.write_text(make_text(1200), encoding="utf-8")
+    bad(batch(26))
+
+    def gone(*arguments: Any) -> None:
+        text.unlink()
+        add_left_out(*arguments)
+
+    monkeypatch.setattr("groundup.recipes.train.add_left_out", gone)
+    assert groundup.train(text, tmp_path / "run", **ROLLBACK)["steps"] == 32

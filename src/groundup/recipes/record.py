@@ -171,12 +171,12 @@ def read_left_out(run: Path) -> list[dict[str, Any]]:
 def own_left_out(run: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
     """Of these batches those that this very run left out: one that starts anew with other data or another seed has none."""
     digest = _digest(identity)
-    return [row for row in read_left_out(run) if row.get("run", digest) == digest]
+    return [row for row in read_left_out(run) if row.get("identity", digest) == digest]
 
 
 def add_left_out(run: Path, identity: dict[str, Any], row: dict[str, Any]) -> None:
     """Record one more batch that the run leaves out, durably: what follows depends on it."""
-    rows = [*read_left_out(run), {**row, "run": _digest(identity)}]
+    rows = [*read_left_out(run), {**row, "identity": _digest(identity)}]
     replace_durably(run / LEFT_OUT, "".join(json.dumps(item) + "\n" for item in rows).encode())
 
 

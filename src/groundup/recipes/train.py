@@ -115,7 +115,7 @@ def _train_once(training: Training, progress: Progress, should_stop: ShouldStop)
                 training.prune()
             if ended:
                 break
-    if not state.updates:
+    if not state.updates and state.skipped_in_a_row:
         raise DivergedError(
             f"diverged: none of the {state.step} steps had a loss and gradient that are finite; nothing was learned: lower "
             "--learning-rate, or look at the data"
