@@ -23,7 +23,8 @@ from provenance import provenance
 HISTORY = Path(__file__).parent / "history" / "fill.jsonl"
 MODEL = {
     "n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 128, "vocab_size": 4096, "total_batch_tokens": 1024,
-    "optim": "muon", "learning_rate": 3e-3, "eval_steps": 500, "save_steps": 500, "max_eval_tokens": 65536, "sample_tokens": 0, "peak_tflops": 1,
+    "optim": "muon", "learning_rate": 3e-3, "eval_steps": 500, "save_steps": 500,
+    "max_eval_tokens": 65536, "sample_tokens": 0, "peak_tflops": 1,
 }  # fmt: skip
 RATES = {"left to right": 0.0, "fill-in-the-middle": 0.7}
 LONGEST_LINE = 32
@@ -109,11 +110,8 @@ def main() -> None:
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(lambda name: train(runs[name], RATES[name], given.steps, threads), RATES))
     asked = holes(runs["left to right"], given.lines)
-    line = provenance("fill.py") | {
-        "steps": given.steps,
-        "tokens": given.steps * MODEL["total_batch_tokens"],
-        "lines": len(asked),
-    }
+    facts = {"model": MODEL, "steps": given.steps, "rates": RATES, "lines": len(asked)}
+    line = provenance("fill.py") | facts
     for name, run in runs.items():
         line[name] = {}
         for order in ("from the left", "PSM", "SPM") if RATES[name] else ("from the left",):
