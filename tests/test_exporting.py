@@ -314,7 +314,7 @@ def test_a_file_that_does_not_read_back_gets_no_name(call, wide, tmp_path, monke
         pytest.skip("has f32 only")
     writer = {"hf": "save_model", "gguf": "write_gguf", "openai-state-dict": "write_openai"}[form]
     write = getattr(exporting, writer)
-    monkeypatch.setattr(exporting, writer, lambda model, *rest: write(shifted(model), *rest))
+    monkeypatch.setattr(exporting, writer, lambda model, *rest, **named: write(shifted(model), *rest, **named))
     done = call("export", wide, tmp_path / "out", "--format", form, "--dtype", dtype)
     refused(done, 4, tmp_path / "out", "does not read back", "nothing was written")
     left(tmp_path, "wide")
@@ -323,8 +323,8 @@ def test_a_file_that_does_not_read_back_gets_no_name(call, wide, tmp_path, monke
 def test_a_file_that_only_transformers_reads_otherwise_gets_no_name(call, wide, tmp_path, monkeypatch):
     """Two readers: what our own reader would pass over, theirs does not."""
 
-    def save(model: GPT2, directory: Path, *rest: Any) -> None:
-        save_model(model, directory, *rest)
+    def save(model: GPT2, directory: Path, *rest: Any, **named: Any) -> None:
+        save_model(model, directory, *rest, **named)
         file = directory / "config.json"
         file.write_text(
             json.dumps(json.loads(file.read_text()) | {"reorder_and_upcast_attn": False, "layer_norm_epsilon": 0.5})

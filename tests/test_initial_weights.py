@@ -303,7 +303,7 @@ def test_a_run_of_before_these_options_goes_on(source, text, tmp_path, init_from
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"freeze": []}, r"freeze: \['wte\*'\] → None"),
+        ({"freeze": []}, r"freeze: \['wte\*'\] → default"),
         ({"freeze": ["wpe*"]}, r"freeze: \['wte\*'\] → \['wpe\*'\]"),
         ({"n_positions": 8}, "n_positions: 16 → 8"),
         ({"seed": 7}, "seed: 42 → 7"),
