@@ -29,15 +29,30 @@ def test_a_ramp_goes_evenly_from_its_start_to_its_end():
     assert [Ramp("50:10@4").value_at(step, 1000) for step in (1, 3, 5, 999)] == [50, 30, 10, 10]
 
 
-def test_a_ramp_is_its_own_spelling():
-    found = settings(total_batch_tokens="4_096:16384@0.25")
-    ramp = found[BatchOptions].total_batch_tokens
-    assert ramp == "4096:16384@0.25"
+@pytest.mark.parametrize("text", ["4096:16384@0.25", "4_096:2^14@.25", " 4096 : 16384 @ 0.250"])
+def test_a_ramp_is_its_own_spelling_whoever_wrote_it(text):
+    ramp = settings(total_batch_tokens=text)[BatchOptions].total_batch_tokens
+    assert ramp == str(Ramp(ramp)) == "4096:16384@0.25"
     assert (ramp.start, ramp.end, ramp.length) == (4096, 16384, 0.25)
 
 
 @pytest.mark.parametrize(
-    "text", ["1:2", "1@2", "a:b@c", "1:2@0", "1:2@-1", "1:2@nan", "1:2@inf", ":2@1", "1:@1", "1:2:3@1", "1.5:2@1"]
+    "text",
+    [
+        "1:2",
+        "1@2",
+        "a:b@c",
+        "1:2@0",
+        "1:2@-1",
+        "1:2@nan",
+        "1:2@inf",
+        ":2@1",
+        "1:@1",
+        "1:2:3@1",
+        "1.5:2@1",
+        "0^-1:5@1",
+        "2^64:5@1",
+    ],
 )
 def test_another_spelling_is_refused_with_an_example(text):
     with pytest.raises(ConfigError, match=r"total_batch_tokens: .* (32768:524288@0.2|length above 0)"):

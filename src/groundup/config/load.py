@@ -15,6 +15,7 @@ from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from groundup.config.numbers import whole_number
 from groundup.config.presets import FINE_TUNING, PRESETS
 from groundup.config.ramp import Ramp, ends
 from groundup.config.rules import contradictions
@@ -146,14 +147,14 @@ def _converted(value: object, hint: Any) -> Any:
         if value is None and type(None) in arms:
             return None
         if Ramp in arms and isinstance(value, str) and (":" in value or "@" in value):
-            return Ramp(value.replace("_", "").replace(",", ""))
+            return Ramp(value)
         if str in arms and isinstance(value, str) and value.strip().lower().isalpha():
             return value.strip().lower()  # a number or a word, which the choices name
         hint = next(arm for arm in arms if arm is not type(None))
     if hint is bool:
         return _boolean(value)
     if hint is int:
-        return _integer(value)
+        return whole_number(value)
     if hint is float:
         return _number(value)
     if hint is str:
@@ -184,28 +185,11 @@ def _boolean(value: object) -> bool:
     raise ValueError("is not true or false")
 
 
-def _integer(value: object) -> int:
-    if isinstance(value, str):
-        text = value.replace("_", "").replace(",", "").strip()
-        base, power, exponent = text.replace("**", "^").partition("^")
-        try:
-            if power and 0 <= int(exponent) <= 64:
-                return int(int(base) ** int(exponent))
-            value = int(text) if text.lstrip("+-").isdigit() else float(text)
-        except ValueError:
-            raise ValueError("is not a whole number (524288, 524_288 and 2^19 are)") from None
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**63:
-        raise ValueError("is not a whole number (524288, 524_288 and 2^19 are)")
-    return value
-
-
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("is not a number")
     try:
-        number = float(_integer(value)) if isinstance(value, str) and ("^" in value or "**" in value) else float(value)
+        number = float(whole_number(value)) if isinstance(value, str) and ("^" in value or "**" in value) else float(value)
     except ValueError:
         raise ValueError("is not a number") from None
     except OverflowError:

@@ -2,6 +2,8 @@
 
 import math
 
+from groundup.config.numbers import whole_number
+
 
 class Ramp(str):
     """
@@ -18,16 +20,17 @@ class Ramp(str):
     length: float
 
     def __new__(cls, text: str) -> "Ramp":
-        """Read the three numbers."""
-        ramp = super().__new__(cls, text)
+        """Read the three numbers, and spell them one way."""
         try:
             first, _, rest = text.partition(":")
-            last, _, length = rest.partition("@")
-            ramp.start, ramp.end, ramp.length = _whole(first), _whole(last), float(length)
+            last, _, part = rest.partition("@")
+            start, end, length = whole_number(first), whole_number(last), float(part)
         except ValueError:
             raise ValueError("is not START:END@LENGTH, e.g. 32768:524288@0.2") from None
-        if not (math.isfinite(ramp.length) and ramp.length > 0):
+        if not (math.isfinite(length) and length > 0):
             raise ValueError("must end with @ and a length above 0: a fraction of the run, or from 1 on steps")
+        ramp = super().__new__(cls, f"{start}:{end}@{int(length) if length.is_integer() else length}")
+        ramp.start, ramp.end, ramp.length = start, end, length
         return ramp
 
     def value_at(self, step: int, total_steps: int) -> float:
@@ -38,15 +41,6 @@ class Ramp(str):
     def steps(self, total_steps: int) -> int:
         """Steps until the end is reached, at least 1."""
         return max(1, math.ceil(self.length * total_steps) if self.length < 1 else round(self.length))
-
-
-def _whole(text: str) -> int:
-    """A whole number, 4096 or 2^12, that a counter holds."""
-    base, power, exponent = text.partition("^")
-    number = int(base) ** min(int(exponent), 64) if power else int(text)
-    if abs(number) >= 2**63:
-        raise ValueError
-    return int(number)
 
 
 def ends(value: int | Ramp) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from groundup.recipes.loading import best_checkpoint
 from groundup.recipes.record import SAMPLES, add_left_out, own_left_out
 from groundup.recipes.selection import best_saved, metric_of, out_of_patience
 from groundup.recipes.spike_report import report_spike
-from groundup.recipes.training import Training, open_training
+from groundup.recipes.training import InHand, Training, open_training
 from groundup.runtime.device import explained_memory_errors, peak_flops
 from groundup.runtime.files import explained_os_errors
 from groundup.runtime.signals import stop_requests
@@ -53,16 +53,17 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
         Stopped: a signal came; a checkpoint was saved.
         DivergedError: too many steps in a row were skipped, or the run went back too often.
     """
-    seconds, before = 0.0, None
+    seconds, in_hand = 0.0, None
     with explained_os_errors(run, "train"), explained_memory_errors(), stop_requests(progress.say) as should_stop:
         while True:
             # A run that goes back is set up again, as one that was stopped there: there is one way to go on.
-            with open_training(sources, run, settings, progress.say, before) as training:
+            with open_training(sources, run, settings, progress.say, in_hand) as training:
                 finished, spent = _train_once(training, progress, should_stop)
                 seconds += spent
                 if finished:
                     return _summary(training, seconds)
-            before = training
+                in_hand = InHand(training.corpus, training.teacher)
+            del training  # or two models would be in memory
 
 
 def _train_once(training: Training, progress: Progress, should_stop: ShouldStop) -> tuple[bool, float]:
@@ -98,7 +99,7 @@ def _train_once(training: Training, progress: Progress, should_stop: ShouldStop)
                 progress.step(step_line(row, plan.total_steps, left))
             # Saved before it is evaluated: an evaluation that is killed loses no training.
             checkpoint = None
-            # Not while steps are skipped: such a checkpoint would remember them, and be as near to the end as this run.
+            # Not while one step after the other is skipped: such a checkpoint would be as near to its end as this run.
             if last or (options.save_steps and step.step % options.save_steps == 0 and state.skipped_in_a_row < 2):
                 checkpoint = training.save()
             if stopping and checkpoint:
@@ -217,16 +218,12 @@ def _describe(training: Training, say: Say) -> None:
         f"model: {start or options.model}, {parameter_count(training.model):,} parameters ({config.n_layer} layers, "
         f"{config.n_head} heads, {config.n_embd} wide, context {config.n_positions}, vocabulary {config.vocab_size:,})"
     )
-    passes, first = -(-plan.windows_per_step // plan.per_pass), plan.tokens_at(1)
+    passes, first, length = -(-plan.windows_per_step // plan.per_pass), plan.tokens_at(1), plan.sequence_length_at(1)
     say(
         f"batch: {plan.tokens_per_step:,} tokens = {plan.windows_per_step} windows of {config.n_positions}, in {passes} "
         f"pass{'es' if passes > 1 else ''} of at most {plan.per_pass}"
         + (f"; at first {first:,} tokens" if first != plan.tokens_per_step else "")
-        + (
-            f"; cut into {plan.sequence_length_at(1)} tokens at first"
-            if plan.sequence_length_at(1) < config.n_positions
-            else ""
-        )
+        + (f"; cut into {length} tokens at first" if length < config.n_positions else "")
     )
     say(
         f"length: {plan.total_steps:,} steps = {plan.total_windows * plan.n_positions:,} tokens = {plan.epochs:.2f} epochs "

@@ -199,15 +199,23 @@ class Training:
         (directory / TRAINER_STATE).write_bytes(json.dumps(trainer_state, indent=2).encode())
 
 
+@dataclass(frozen=True)
+class InHand:
+    """What a run that goes back has open already: its weights are not among it, and their memory is free."""
+
+    corpus: Corpus
+    teacher: Teacher | None
+
+
 @contextmanager
 def open_training(
-    sources: Sequence[str], run: Path, settings: Settings, say: Say, going_back: Training | None = None
+    sources: Sequence[str], run: Path, settings: Settings, say: Say, in_hand: InHand | None = None
 ) -> Iterator[Training]:
     """
     Set a run up, from scratch or from its newest good checkpoint, and hold its directory while the block runs.
 
     Args:
-        going_back: the same run, which left off to go back: its data and its teacher are in hand, and are not opened again.
+        in_hand: of the same run, which left off to go back; it is not opened again.
 
     Raises:
         ConfigError: options that contradict each other, the data or the checkpoint; a directory in use.
@@ -217,12 +225,12 @@ def open_training(
     with ExitStack() as stack:
         # Errors of the set-up are explained; those of the block are the caller's.
         with explained_os_errors(run, "train"), explained_memory_errors():
-            training = _set_up(stack, sources, run, settings, say, going_back)
+            training = _set_up(stack, sources, run, settings, say, in_hand)
         yield training
 
 
 def _set_up(
-    stack: ExitStack, sources: Sequence[str], run: Path, settings: Settings, say: Say, before: Training | None
+    stack: ExitStack, sources: Sequence[str], run: Path, settings: Settings, say: Say, in_hand: InHand | None
 ) -> Training:
     """What ``open_training`` says; what must be let go of afterwards is put on the stack."""
     machine = machine_for(settings[MachineOptions], training=True, speed=settings[SpeedOptions])
@@ -231,13 +239,13 @@ def _set_up(
     checkpoint = newest_good(run, say)
     start = starting_point(settings, checkpoint, say)
     settings = start.settings if start else settings
-    corpus = before.corpus if before else corpus_of_run(sources, run, settings, say, start.tokenizer if start else None)
+    corpus = in_hand.corpus if in_hand else corpus_of_run(sources, run, settings, say, start.tokenizer if start else None)
     options, batch, run_options = settings[ModelOptions], settings[BatchOptions], settings[RunOptions]
     if start:
         for part in corpus.parts:
             require_tokenizer(start, part.dataset, settings[InitialWeightsOptions].init_from)
     corpus.require_windows(options.n_positions)
-    if before is None:
+    if in_hand is None:
         corpus.verify()
 
     tokenizer = _tokenizer(corpus, start, settings)
@@ -250,7 +258,7 @@ def _set_up(
         say(line)
     samples = _samples(corpus, tokenizer, settings)
     saved = read_trainer_state(checkpoint) if checkpoint else None
-    teacher = before.teacher if before else _teacher(settings, machine, tokenizer, say)
+    teacher = in_hand.teacher if in_hand else _teacher(settings, machine, tokenizer, say)
     by_source = corpus.validation_windows(options.n_positions)
     if "ema" in by_source and settings[OptimizerOptions].ema_decay:
         raise ConfigError(
