@@ -153,3 +153,22 @@ class WeightsOptions:
         choices=("trained", "ema"),
         why="ours",
     )
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Examination: what is looked at, and how long."""
+
+    checks: tuple[str, ...] = option(
+        (), "Do these checks alone, by name or by group (repeatable): machine, data, model, gradients, learning, run.", why="ours"
+    )
+    verify_resume: bool = option(
+        False, "Also train a few steps, stop, go on, and compare with training that was not stopped.", why="ours"
+    )
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """Watching: where the page is."""
+
+    port: int = option(8265, "Port on 127.0.0.1; 0 takes a free one.", at_least=0, at_most=65535, why="ours")

@@ -1,0 +1,36 @@
+"""What one check says."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at, and the verdict. What it says is one line each, for a person."""
+
+    name: str
+    """Stable and in snake case, e.g. ``initial_loss``."""
+    group: str
+    """What it is about: machine, data, model, gradients, learning, equivalence or run."""
+    passed: bool | None
+    """None where nothing could be measured here; ``measured`` says why."""
+    measured: str
+    """The value with its unit, and where it was seen."""
+    expected: str
+    """The value that a sound set-up has, with its tolerance."""
+    advice: str = ""
+    """What to do; empty where the check passed."""
+    culprit: str = ""
+    """Where the check failed because of a fault that it knows by name: the name, e.g. ``target_not_shifted``."""
+    details: dict[str, Any] | None = None
+    """The numbers behind it, for ``--json`` and pictures."""
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``groundup doctor --json`` prints it."""
+        return {key: value for key, value in asdict(self).items() if value is not None or key == "passed"}
+
+
+def failed(checks: Iterable[Check]) -> list[Check]:
+    """Those that did not pass."""
+    return [check for check in checks if check.passed is False]

@@ -1,0 +1,1 @@
+"""Claims about training as small experiments that anybody can repeat."""
