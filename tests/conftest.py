@@ -102,6 +102,18 @@ def text_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than training here, and is tested elsewhere."""
+    monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
+
+
+@pytest.fixture
+def quick(without_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for the disk takes longer than training here, too, and is tested elsewhere."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+@pytest.fixture
 def shared_data() -> Path:
     """Data beside the repository; the test skips where it is absent."""
     if not SHARED_DATA.is_dir():

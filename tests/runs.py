@@ -1,4 +1,4 @@
-"""Runs as processes of their own, which tests start, kill and compare."""
+"""Runs that tests start, kill and compare, as processes of their own or in this one; and a dataset for them."""
 
 import hashlib
 import multiprocessing
@@ -11,12 +11,27 @@ from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import groundup
 from groundup.checkpoint.commit import checkpoints, verify
 from groundup.tracking.metrics import read_rows
-from tests.conftest import Finished, flags
+from tests.conftest import Finished, flags, make_text
 
 # The columns of metrics.jsonl that do not depend on the speed of the machine.
 EXACT = ("step", "epoch", "loss", "grad_norm", "learning_rate", "batch_digest", "num_input_tokens_seen", "eval_loss")
+
+
+class Killed(BaseException):
+    """Ends a run where it is, as a signal that cannot be caught would."""
+
+
+def prepared(tmp_path_factory: pytest.TempPathFactory, words: int) -> Path:
+    """A dataset of bytes, for the fixtures of modules."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "text.txt").write_text(make_text(words), encoding="utf-8")
+    groundup.prepare(folder / "text.txt", folder / "data", tokenizer="byte")
+    return folder / "data"
 
 
 def ledger(run: Path) -> list[tuple[Any, ...]]:

@@ -16,26 +16,18 @@ from groundup.errors import CheckpointError, ConfigError
 from groundup.model.gpt2 import GPT2
 from groundup.tracking.metrics import read_rows
 from groundup.training.average import WeightAverage
-from tests.conftest import TINY, flags, make_text
-from tests.runs import contents, ledger
+from tests.conftest import TINY, flags
+from tests.runs import contents, ledger, prepared
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 QUIET = TINY | {"eval_steps": 0, "sample_tokens": 0}
 AVERAGED = QUIET | {"ema_decay": 0.6}
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing and waiting for the disk take longer than training here, and are tested elsewhere."""
-    monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    (folder / "text.txt").write_text(make_text(400), encoding="utf-8")
-    groundup.prepare(folder / "text.txt", folder / "data", tokenizer="byte")
-    return folder / "data"
+    return prepared(tmp_path_factory, words=400)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@ from groundup.evaluation.measure import Evaluation
 from groundup.recipes.training import Training
 from groundup.tracking.metrics import read_rows
 from tests.conftest import TINY, make_text
-from tests.runs import assert_same_end, contents, ledger
+from tests.runs import Killed, assert_same_end, contents, ledger, prepared
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 # A constant rate, so that a run that is made longer is the same run.
 RUN = TINY | {
@@ -24,17 +26,6 @@ RUN = TINY | {
 BEST = RUN | {"load_best_model_at_end": True}
 STOPPING = RUN | {"early_stopping_patience": 2}
 LOSSES = {4: 3.0, 8: 2.0, 12: 2.5, 16: 2.6, 20: 2.7, 24: 1.0}
-
-
-class Killed(BaseException):
-    """Ends a run where it is, as a signal that cannot be caught would."""
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing and waiting for the disk take longer than training here, and are tested elsewhere."""
-    monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture
@@ -55,10 +46,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    (folder / "text.txt").write_text(make_text(400), encoding="utf-8")
-    groundup.prepare(folder / "text.txt", folder / "data", tokenizer="byte")
-    return folder / "data"
+    return prepared(tmp_path_factory, words=400)
 
 
 def steps_saved(run: Path) -> list[int]:

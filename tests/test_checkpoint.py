@@ -20,18 +20,15 @@ from groundup.checkpoint.commit import checkpoints, commit, newest_good, prune, 
 from groundup.errors import CheckpointError, ResourceError
 from groundup.recipes.selection import kept
 from tests.conftest import TINY, Finished, flags, make_text
+from tests.runs import Killed
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 QUIET = TINY | {"eval_steps": 0, "sample_tokens": 0}
 FILES = {
     "config.json", "generation_config.json", "manifest.json", "model.safetensors", "optimizer.safetensors",
     "tokenizer.json", "tokenizer_config.json", "trainer_state.json",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than training here, and is tested elsewhere."""
-    monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
 
 
 def write_two(directory: Path) -> None:
@@ -141,9 +138,6 @@ def test_the_same_step_again_replaces_it(tmp_path):
 def test_killed_while_the_same_step_is_replaced_one_of_the_two_is_left(tmp_path, monkeypatch):
     """The only checkpoint of a run must not be gone between the old one's going and the new one's coming."""
     commit(tmp_path, 3, write_two)
-
-    class Killed(BaseException):
-        """Stands for kill -9: nothing that follows runs."""
 
     def killed(source: Path, target: Path) -> None:
         monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # the dead do not clean up

@@ -16,6 +16,7 @@ from groundup.interop import download
 from groundup.interop.download import RELEASE_FILES, download_openai
 from groundup.interop.openai import read_openai, write_openai
 from groundup.tokenizer.tokenizer import byte_tokenizer
+from tests.runs import Killed
 from tests.test_interop import assert_same_bits, new_model
 from tests.test_openai import CONFIG, DATA
 
@@ -163,10 +164,6 @@ def test_a_line_that_breaks_again_and_again_is_continued(serve, tmp_path):
     download_openai("124M", tmp_path, [mirror.url])
     assert contents(tmp_path) == RELEASE
     assert [asked for name, asked in mirror.requests if name == DATA] == [None, "bytes=3000-", "bytes=6000-", "bytes=9000-"]
-
-
-class Killed(BaseException):
-    """Stands for a signal."""
 
 
 def kill_at(limit: int) -> Any:

@@ -23,16 +23,12 @@ from groundup.model.initial import initialize
 from groundup.tracking.metrics import read_rows
 from tests.conftest import TINY, make_text
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 CPU = torch.device("cpu")
 CONFIG = GPT2Config(vocab_size=11, n_positions=8, n_embd=16, n_layer=2, n_head=2)
 # Bytes of each id, as a tokenizer would have them; the last is end-of-text and has none.
 BYTE_COUNTS = np.array([1, 2, 3, 1, 1, 4, 2, 1, 1, 1, 0])
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than training here, and is tested elsewhere."""
-    monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
 
 
 def new_model() -> GPT2:

@@ -31,6 +31,8 @@ from tests.test_interop import assert_same_bits, logits_of, new_model
 from tests.test_resume import assert_same_end, contents, ledger
 from tests.test_state_dicts import GPTConfig, nano, nanogpt_checkpoint
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 # TINY without what the weights decide.
 OWN = ("tokenizer", "n_layer", "n_head", "n_embd", "n_positions", "total_batch_tokens", "learning_rate")
 TUNE: dict[str, Any] = {name: value for name, value in TINY.items() if name not in OWN} | {
@@ -38,12 +40,6 @@ TUNE: dict[str, Any] = {name: value for name, value in TINY.items() if name not 
 }  # fmt: skip
 BPE = {"tokenizer": "bpe", "vocab_size": 300}
 SLOW = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than training here, and is tested elsewhere."""
-    monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
 
 
 @pytest.fixture

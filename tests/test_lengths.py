@@ -18,26 +18,18 @@ from groundup.cli.main import run as command
 from groundup.errors import ConfigError
 from groundup.model.gpt2 import GPT2
 from groundup.tracking.metrics import read_rows
-from tests.conftest import TINY, flags, make_text
-from tests.runs import assert_same_end, contents
+from tests.conftest import TINY, flags
+from tests.runs import assert_same_end, contents, prepared
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 QUIET = TINY | {"eval_steps": 0, "sample_tokens": 0, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}
 LENGTH = TINY["n_positions"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing and waiting for the disk take longer than training here, and are tested elsewhere."""
-    monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    (folder / "text.txt").write_text(make_text(800), encoding="utf-8")
-    groundup.prepare(folder / "text.txt", folder / "data", tokenizer="byte")
-    return folder / "data"
+    return prepared(tmp_path_factory, words=800)
 
 
 def mean_loss(model: GPT2, tokens: Tensor, length: int) -> Tensor:

@@ -13,15 +13,10 @@ from groundup.tracking.metrics import read_rows
 from tests.conftest import TINY, make_text
 from tests.runs import assert_same_end, contents
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 RUN = TINY | {"sample_tokens": 0, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}
 FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy", "tokens")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing and waiting for the disk take longer than training here, and are tested elsewhere."""
-    monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")

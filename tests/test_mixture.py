@@ -29,16 +29,12 @@ from groundup.tokenizer.tokenizer import byte_tokenizer
 from groundup.tracking.metrics import read_rows
 from tests.conftest import TINY, make_text
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 LENGTH = 4
 SIZES = {"wiki": 5000, "code": 997, "notes": 301}
 WEIGHTS = {"wiki": 0.7, "code": 0.2, "notes": 0.1}
 OFFSETS = {"wiki": 0, "code": 30_000, "notes": 40_000}
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than training here, and is tested elsewhere."""
-    monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
 
 
 # --- what a user writes ---

@@ -14,14 +14,9 @@ from groundup.config.ramp import Ramp
 from tests.conftest import TINY, make_text
 from tests.runs import ledger
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 RUN = TINY | {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "sample_tokens": 0}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing and waiting for the disk take longer than training here, and are tested elsewhere."""
-    monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")

@@ -26,16 +26,12 @@ from tests.conftest import TINY, flags, make_text
 from tests.conftest import groundup as command
 from tests.runs import assert_same_end, contents, end, last_state, ledger, logged_step, start, wait_until
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 # 10 steps are an epoch of this text, so every run here crosses epochs.
 WORDS = 300
 LONG = TINY | {"max_steps": 100, "eval_steps": 50, "save_steps": 10, "sample_tokens": 0, "warmup_steps": 5}
 SHORT = TINY | {"eval_steps": 0}
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than training here, and is tested elsewhere."""
-    monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,9 @@ from groundup.recipes.record import add_left_out, read_left_out
 from groundup.tracking.metrics import read_rows
 from groundup.training.step import Learner, Update, train_step
 from tests.conftest import TINY, flags, make_text
-from tests.runs import assert_same_end, contents, last_state
+from tests.runs import Killed, assert_same_end, contents, last_state, prepared
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 # 39 steps of 8 windows are an epoch; a spike needs 20 steps before it.
 RUN = TINY | {
@@ -40,23 +42,9 @@ ROLLBACK = RUN | {"spike_action": "rollback"}
 Wrong = Callable[[Learner, Batch, int, float], Any]
 
 
-class Killed(BaseException):
-    """Ends a run where it is, as a signal that cannot be caught would."""
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing and waiting for the disk take longer than training here, and are tested elsewhere."""
-    monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    (folder / "text.txt").write_text(make_text(1200), encoding="utf-8")
-    groundup.prepare(folder / "text.txt", folder / "data", tokenizer="byte")
-    return folder / "data"
+    return prepared(tmp_path_factory, words=1200)
 
 
 @pytest.fixture(scope="module")

@@ -25,15 +25,11 @@ from groundup.training.step import Learner, Update, train_step
 from tests.conftest import TINY, flags, make_text
 from tests.conftest import groundup as command
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 WINDOWS, LENGTH, VOCABULARY = 8, 16, 257
 SMALL = GPT2Config(vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2)
 QUIET = TINY | {"eval_steps": 0, "sample_tokens": 0}
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than training here, and is tested elsewhere."""
-    monkeypatch.setattr("groundup.recipes.train.draw_curves", lambda *arguments: None)
 
 
 def new_model(config: GPT2Config = SMALL, seed: int = 0) -> GPT2:
