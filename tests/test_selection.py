@@ -114,9 +114,20 @@ def test_a_selection_that_cannot_be_made_is_refused(options, words):
         resolve(TRAIN_GROUPS, {name: Given(value, f"--{name}") for name, value in options.items()})
 
 
-def test_a_metric_of_a_source_or_of_the_average_may_decide():
-    for options in (
-        {"metric_for_best_model": "eval_wiki_loss", "source": ["wiki=a:1"]},
-        {"metric_for_best_model": "ema_loss", "ema_decay": 0.9},
-    ):
-        resolve(TRAIN_GROUPS, {name: Given(value, f"--{name}") for name, value in options.items()})
+@pytest.mark.parametrize(
+    ("options", "best"),
+    [
+        ({}, 10),
+        ({"metric_for_best_model": "eval_wiki_loss", "source": ["wiki=a:1"]}, 20),
+        ({"metric_for_best_model": "wiki_token_accuracy", "source": ["wiki=a:1"]}, 30),
+        ({"metric_for_best_model": "ema_loss", "ema_decay": 0.9}, 40),
+    ],
+)
+def test_a_metric_of_a_source_or_of_the_average_may_decide(options, best):
+    settings = resolve(TRAIN_GROUPS, {name: Given(value, f"--{name}") for name, value in options.items()})
+    columns = {
+        "eval_loss": [1.0, 2.0, 2.0, 2.0], "eval_wiki_loss": [2.0, 1.0, 2.0, 2.0],
+        "eval_wiki_token_accuracy": [0.1, 0.1, 0.2, 0.1], "eval_ema_loss": [2.0, 2.0, 2.0, 1.0],
+    }  # fmt: skip
+    measured = [{"step": 10 * (i + 1), **{name: column[i] for name, column in columns.items()}} for i in range(4)]
+    assert best_of(measured, settings[SelectionOptions]).step == best
