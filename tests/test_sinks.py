@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
+from groundup.cli.main import run as command
 from groundup.errors import ConfigError, Stopped
 from groundup.tracking import sinks as module
 from groundup.tracking.metrics import read_rows
-from groundup.tracking.sinks import OPENERS, Sinks, open_sinks
+from groundup.tracking.sinks import OPENERS, Sinks, open_sinks, require_installed
 from tests.conftest import TINY, flags, groundup
 
 LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -148,7 +149,7 @@ def test_each_is_opened_once_and_all_are_closed_when_one_cannot_be(tmp_path, mon
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_a_library_that_is_not_installed_is_one_line(name, tmp_path, monkeypatch):
+def test_a_library_that_cannot_be_imported_is_one_line(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, LIBRARIES[name], None)
     with pytest.raises(ConfigError) as caught:
         open_sinks([name], tmp_path, run_name="run", config=CONFIG, resumed_step=0)
@@ -156,6 +157,32 @@ def test_a_library_that_is_not_installed_is_one_line(name, tmp_path, monkeypatch
     assert message.startswith(f"report_to: {name} cannot be imported (ModuleNotFoundError: ")
     assert f"pip install 'groundup[{name}]'" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_library_that_is_not_installed_is_told_before_anything_is_written(name, tmp_path, text_file, monkeypatch, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda asked, *package: None if asked == name else real(asked, *package))
+    arguments = ["train", str(text_file), "--output-dir", str(tmp_path / "run"), *flags(TINY), "--report-to", name]
+    assert command(arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("groundup:")]
+    expected = f"report_to: {name} (from --report-to) is not installed; pip install 'groundup[{name}]', or leave it out"
+    assert line.endswith(expected)
+    assert list(tmp_path.iterdir()) == [text_file]
+
+
+def test_a_folder_is_no_library_and_all_that_are_missing_are_named_once(tmp_path, monkeypatch):
+    """wandb makes a folder called wandb; Python takes it for a package without content."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in LIBRARIES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError) as caught:
+        require_installed(["wandb", "none", "trackio", "wandb"], "run.toml")
+    assert str(caught.value).startswith("report_to: wandb, trackio (from run.toml) are not installed; ")
+    assert "pip install 'groundup[wandb,trackio]'" in str(caught.value)
+    (tmp_path / "trackio" / "__init__.py").touch()
+    require_installed(["trackio", "none"], "run.toml")
 
 
 @pytest.mark.parametrize(("name", "advice"), [("tensorboard", "; or leave"), ("wandb", "wandb login")])
@@ -379,7 +406,7 @@ def test_ctrl_c_stops_the_run_and_not_the_service(name, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_is_watched_learns_the_same(tmp_path, text_file):
     """Every service that is installed, and health at every third step: weights, moments and logged numbers are the same."""
-    installed = [name for name in LIBRARIES if importlib.util.find_spec("tensorboard" if name == "tensorboard" else name)]
+    installed = [name for name in LIBRARIES if importlib.util.find_spec(name)]
     reports = [part for name in installed for part in ("--report-to", name)]
     options = TINY | {"resid_pdrop": 0.1, "attn_pdrop": 0.1}
     for run, extra in (("plain", []), ("watched", ["--health-steps", "3", *reports])):

@@ -33,7 +33,7 @@ from groundup.runtime.signals import stop_requests
 from groundup.tracking.metrics import METRICS, append_row, read_rows, rewind
 from groundup.tracking.pictures import draw_curves
 from groundup.tracking.progress import Progress, step_line
-from groundup.tracking.sinks import Sinks, open_sinks
+from groundup.tracking.sinks import Sinks, open_sinks, require_installed
 from groundup.training.loop import StepResult
 
 Say = Callable[[str], None]
@@ -50,9 +50,12 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
         What ``train --json`` prints: steps, final_checkpoint, best_checkpoint, eval_loss, num_input_tokens_seen, seconds.
 
     Raises:
+        ConfigError: as ``open_training``; a library that ``report_to`` needs is not installed.
         Stopped: a signal came; a checkpoint was saved.
         DivergedError: too many steps in a row were skipped, or the run went back too often.
     """
+    # Before hours of preparing, and before the directory is made.
+    require_installed(settings[TrackingOptions].report_to, settings.origins["report_to"])
     seconds, in_hand = 0.0, None
     with explained_os_errors(run, "train"), explained_memory_errors(), stop_requests(progress.say) as should_stop:
         while True:

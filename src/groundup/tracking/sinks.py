@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from importlib import import_module
+from importlib import import_module, util
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -42,6 +42,23 @@ class Sink(Protocol):
         """Finish writing; ``failed`` where the run ended by an error."""
 
 
+def require_installed(names: Sequence[str], origin: str) -> None:
+    """
+    Ask, without importing anything, whether the libraries are there that ``report_to`` names: before a run begins.
+
+    Args:
+        origin: where the names came from.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if missing := [name for name in dict.fromkeys(names) if name in OPENERS and not _is_installed(name)]:
+        raise ConfigError(
+            f"report_to: {', '.join(missing)} (from {origin}) {'are' if missing[1:] else 'is'} not installed; "
+            f"pip install 'groundup[{','.join(missing)}]', or leave it out"
+        )
+
+
 def open_sinks(
     names: Sequence[str], run: Path, *, run_name: str, config: Mapping[str, Any], resumed_step: int, say: Say | None = None
 ) -> "Sinks":
@@ -56,7 +73,7 @@ def open_sinks(
         say: told once when a service fails; by default it is written to standard error.
 
     Raises:
-        ConfigError: a name that is none of them; a library that is not installed, or cannot start.
+        ConfigError: a name that is none of them; a library that cannot be imported, or cannot start.
     """
     sinks = Sinks(say=say or (lambda line: print(line, file=sys.stderr)))
     wanted = dict.fromkeys(name for name in names if name != "none")
@@ -231,6 +248,12 @@ def _run_id(run: Path, resumed_step: int) -> str:
     new = secrets.token_hex(4)
     replace_durably(path, new.encode())
     return new
+
+
+def _is_installed(library: str) -> bool:
+    spec = util.find_spec(library)
+    # A folder of that name where the command is given is no library, and services make such folders.
+    return spec is not None and spec.origin is not None
 
 
 def _one_line(error: BaseException) -> str:
