@@ -71,9 +71,12 @@ def greedy_after(path: Path, ids: list[int], tokens: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("prefix", "suffix"), [("é(", ")"), ("a", ""), ("", "b")])
-def test_a_hole_is_prefix_suffix_and_then_its_middle(filler, prefix, suffix):
-    found, shown, lines = filled(filler, prefix=prefix, suffix=suffix, max_new_tokens=12, temperature=0.0)
-    ids = [PRE, *prefix.encode(), SUF, *suffix.encode(), MID]
+@pytest.mark.parametrize("order", ["spm", "psm", None])
+def test_a_hole_is_what_is_around_it_and_then_its_middle(filler, prefix, suffix, order):
+    options = {"fim_order": order} if order else {}
+    found, shown, lines = filled(filler, prefix=prefix, suffix=suffix, max_new_tokens=12, temperature=0.0, **options)
+    before, after = prefix.encode(), suffix.encode()
+    ids = [PRE, *before, SUF, *after, MID] if order == "psm" else [PRE, SUF, *after, MID, *before]
     assert found[0]["token_ids"] == greedy_after(filler, ids, 12)
     assert (found[0]["prompt"], found[0]["suffix"]) == (prefix, suffix)
     assert found[0]["text"] == BYTES.decode(found[0]["token_ids"])
@@ -150,7 +153,7 @@ def test_of_long_surroundings_the_model_sees_what_is_near_the_hole(monkeypatch, 
     )
     before, after = LETTERS[:prefix], LETTERS[::-1][:suffix]
     found, _, lines = filled(filler, prefix=before, suffix=after, max_new_tokens=10)
-    assert given == [[PRE, *before.encode()[prefix - seen[0] :], SUF, *after.encode()[: seen[1]], MID]]
+    assert given == [[PRE, SUF, *after.encode()[: seen[1]], MID, *before.encode()[prefix - seen[0] :]]]
     assert (found[0]["prompt"], found[0]["suffix"]) == (before, after)
     assert len(found[0]["token_ids"]) == 10
     if sum(seen) == prefix + suffix:

@@ -118,7 +118,7 @@ def complete(
 
 def fill(loaded: Loaded, options: GenerationOptions, say: Say, stream: Say, *, logprobs: bool) -> list[Completion]:
     """
-    Write what stands between ``prefix`` and ``suffix``, ``num_return_sequences`` times, in the order that training calls PSM.
+    Write what stands between ``prefix`` and ``suffix``, ``num_return_sequences`` times, in the order that ``fim_order`` names.
 
     A hole, its surroundings and what fills it are within one context, as they were in training: long surroundings are cut to
     what is near the hole.
@@ -160,6 +160,8 @@ def _hole_ids(loaded: Loaded, options: GenerationOptions, say: Say) -> list[int]
             f"prefix and suffix: {tokens:,} tokens, the model's context of {context:,} has room for {room:,} beside the hole; "
             f"it sees the last {len(prefix):,} of the prefix and the first {len(suffix):,} of the suffix"
         )
+    if options.fim_order == "spm":
+        return [marks.prefix, marks.suffix, *suffix, marks.middle, *prefix]
     return [marks.prefix, *prefix, marks.suffix, *suffix, marks.middle]
 
 

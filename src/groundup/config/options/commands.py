@@ -18,6 +18,13 @@ class GenerationOptions:
         "", "Fill the hole between this text and --suffix, with a model that was trained with fim_rate.", why="ours"
     )
     suffix: str = option("", "The text after the hole.", why="ours")
+    fim_order: str = option(
+        "spm",
+        "Show the model what is after the hole first (spm), or what is before it (psm: for a model trained with "
+        "--fim-spm-rate 0).",
+        choices=("spm", "psm"),
+        why="ours: small models fill far better where the prefix is right before the hole (docs/log.md)",
+    )
     max_new_tokens: int = option(
         128, "Tokens to generate at most.", unit="tokens", at_least=1, why="Hugging Face's 20 is half a sentence"
     )
@@ -160,7 +167,9 @@ class DoctorOptions:
     """Examination: what is looked at, and how long."""
 
     checks: tuple[str, ...] = option(
-        (), "Do these checks alone, by name or by group (repeatable): machine, data, model, gradients, learning, run.", why="ours"
+        (),
+        "Do these checks alone, by name or by group (repeatable): machine, data, model, gradients, learning, run.",
+        why="ours",
     )
     verify_resume: bool = option(
         False, "Also train a few steps, stop, go on, and compare with training that was not stopped.", why="ours"
