@@ -25,8 +25,10 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: .venv/installed-dev  ## regenerate the option reference
+docs: .venv/installed-dev  ## regenerate the option reference, and build the site; a warning is an error
 	$(BIN)/python -m groundup.config.reference > docs/reference/options.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "the site: build/site/index.html"
 
 bench: .venv/installed-dev  ## speed of training and generation against peers, quick version
 	$(PIP) -e '.[bench]'
@@ -45,5 +47,5 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	@echo "adding the tools for tests and checks"
-	@$(PIP) -e '.[test,dev]'
+	@$(PIP) -e '.[test,dev,docs]'
 	@touch $@
