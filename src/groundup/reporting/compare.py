@@ -1,0 +1,48 @@
+"""What differs between runs: what they were told, and what came of it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ROWS = list[dict[str, Any]]
+
+
+def differences(runs: Sequence[Mapping[str, Any]]) -> dict[str, ROWS]:
+    """
+    Two tables, each row a name and a value for each run; None where a run has none.
+
+    Args:
+        runs: as ``run_data`` makes them.
+
+    Returns:
+        config: the options that are not the same in all; results: the figures of each, the best one's ``best``.
+    """
+    keys = list(dict.fromkeys(key for run in runs for key in run["config"]))
+    config = [_row(key, [run["config"].get(key) for run in runs]) for key in keys]
+    changed = [row for row in config if any(value != row["values"][0] for value in row["values"])]
+    return {"config": changed, "results": _results(runs)}
+
+
+def _results(runs: Sequence[Mapping[str, Any]]) -> ROWS:
+    totals = [run["totals"] for run in runs]
+    best = [one["best_evaluation"] or {} for one in totals]
+    return [
+        _row("steps", [one["step"] for one in totals]),
+        _row("tokens", [one["tokens"] for one in totals]),
+        _row("seconds of training", [one["seconds"] for one in totals]),
+        _row("tokens per second", [one["tokens_per_second"] for one in totals], max),
+        _row("training loss at the end", [one["loss"] for one in totals], min),
+        _row("best validation loss", [one.get("loss") for one in best], min),
+        _row("… at step", [one.get("step") for one in best]),
+        _row("… perplexity", [one.get("perplexity") for one in best], min),
+        _row("… bits per byte", [one.get("bits_per_byte") for one in best], min),
+        _row("overfitting from step", [(one["overfitting"] or {}).get("step") for one in totals]),
+        _row("skipped steps", [one["skipped"] for one in totals]),
+        _row("spikes", [one["spikes"] for one in totals]),
+    ]
+
+
+def _row(name: str, values: Sequence[Any], choose: Any = None) -> dict[str, Any]:
+    """A row; ``best`` is the place of the value that ``choose`` takes, where there is a choice."""
+    there = [value for value in values if value is not None]
+    best = values.index(choose(there)) if choose and len(set(there)) > 1 else None
+    return {"name": name, "values": list(values), "best": best}

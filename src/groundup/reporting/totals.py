@@ -1,0 +1,142 @@
+"""The few numbers that say how a run went, from all of its rows."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from groundup.reporting.rows import Metrics
+from groundup.reporting.thin import Numbers
+
+END = 1 / 50
+"""Of the rows, in the loss at the end; at least ``END_ROWS``."""
+END_ROWS = 5
+RISE = 0.01
+"""Of the lowest validation loss: a rise above it that is no noise."""
+RISES = 2
+"""Evaluations after the lowest, at least, all of them above it."""
+FALL = 0.01
+"""Of the loss at the end: a run whose last quarter brought more was still learning."""
+CLIMB = 0.1
+"""Of the lowest training loss, and at least this many nats: a loss that climbed so far has not settled."""
+CLIMB_ROWS = 50
+"""Losses that say so without an evaluation, at least."""
+
+
+def totals_of(
+    metrics: Metrics, steps: Mapping[str, Numbers], smooth: Numbers, events: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """
+    A run in a few numbers, None where there is none.
+
+    Args:
+        metrics: for its evaluations, spikes and skipped steps.
+        steps: the columns, each (N,).
+        smooth: the smoothed loss, (N,).
+        events: what was unusual.
+    """
+    losses, evaluations = steps["loss"], [row for row in metrics.evaluations if not math.isnan(row.get("eval_loss", math.nan))]
+    best = min(evaluations, key=lambda row: row["eval_loss"], default=None)
+    speeds = steps["tokens_per_second"]
+    kinds = [event["kind"] for event in events]
+    return {
+        "step": int(max([*steps["step"][-1:], *(row["step"] for row in metrics.evaluations[-1:])], default=0)),
+        "epochs": _value(steps["epoch"][-1:]),
+        "tokens": _value(steps["tokens"][-1:]),
+        "seconds": _value(steps["seconds"][-1:]),
+        "tokens_per_second": _value([np.nanmedian(speeds)] if not np.isnan(speeds).all() else []),
+        "first_loss": _value(losses[~np.isnan(losses)][:1]),
+        "loss": _mean(losses[-max(END_ROWS, round(len(losses) * END)) :]),
+        "evaluations": len(evaluations),
+        "first_evaluation": _evaluation(evaluations[0] if evaluations else None),
+        "last_evaluation": _evaluation(evaluations[-1] if evaluations else None),
+        "best_evaluation": _evaluation(best),
+        "overfitting": overfitting([(row["step"], row["eval_loss"]) for row in evaluations], steps["step"], smooth),
+        "still_falling": still_falling([(row["step"], row["eval_loss"]) for row in evaluations]),
+        "climbed": climbed(steps["step"], smooth, losses, [row["eval_loss"] for row in evaluations]),
+        "ends_skipped": bool(len(losses)) and math.isnan(losses[-1]),
+        "skipped": len(metrics.skipped),
+        "spikes": len(metrics.spikes),
+        "rollbacks": kinds.count("rollback"),
+        "resumes": kinds.count("resume"),
+    }
+
+
+def overfitting(evaluations: Sequence[tuple[float, float]], steps: Numbers, losses: Numbers) -> dict[str, Any] | None:
+    """
+    Where a run began to learn its text by heart: validation loss rises while training loss falls.
+
+    The lowest evaluation is where, if all evaluations after it, two at least, are above it, the last by 1 % or more, and
+    the training loss fell meanwhile.
+
+    Args:
+        evaluations: (step, validation loss) in order.
+        steps: of the training losses, (N,).
+        losses: smoothed, (N,).
+
+    Returns:
+        step, validation loss there, and at the end (``rose_to``); None where there is none of it.
+    """
+    if len(evaluations) <= RISES:
+        return None
+    values = [loss for _, loss in evaluations]
+    lowest = min(range(len(values)), key=values.__getitem__)
+    after = values[lowest + 1 :]
+    if len(after) < RISES or min(after) <= values[lowest] or after[-1] < values[lowest] * (1 + RISE):
+        return None
+    there, end = losses[steps <= evaluations[lowest][0]], losses[~np.isnan(losses)]
+    there = there[~np.isnan(there)]
+    if len(there) and end[-END_ROWS:].mean() >= there[-END_ROWS:].mean():
+        return None
+    return {"step": int(evaluations[lowest][0]), "loss": values[lowest], "rose_to": after[-1]}
+
+
+def still_falling(evaluations: Sequence[tuple[float, float]]) -> bool | None:
+    """Whether the last quarter of a run lowered its validation loss by more than 1 %; None with fewer than four evaluations."""
+    if len(evaluations) < 4:
+        return None
+    last_step, last = evaluations[-1]
+    before = [loss for step, loss in evaluations if step <= 0.75 * last_step]
+    return None if not before else bool(before[-1] - last > FALL * abs(last))
+
+
+def climbed(steps: Numbers, smooth: Numbers, losses: Numbers, evaluations: Sequence[float]) -> dict[str, Any] | None:
+    """
+    Where the training loss was lowest, if it ended far above that, and not by chance: validation loss must have climbed as well.
+
+    Args:
+        steps: of the losses, (N,).
+        smooth: smoothed losses, (N,).
+        losses: as they were, (N,).
+        evaluations: validation losses in order; where there are none, many losses must say it.
+
+    Returns:
+        step, loss, and the loss at its end; None where it did not climb.
+    """
+    end = _mean(losses[-max(END_ROWS, round(len(losses) * END)) :])
+    if end is None or np.isnan(smooth).all() or (not evaluations and len(losses) < CLIMB_ROWS):
+        return None
+    lowest = int(np.nanargmin(smooth))
+    far = max(CLIMB, CLIMB * abs(smooth[lowest]))
+    by_chance = bool(evaluations) and evaluations[-1] - min(evaluations) < far
+    if end - smooth[lowest] < far or by_chance:
+        return None
+    return {"step": int(steps[lowest]), "loss": float(smooth[lowest]), "end": end}
+
+
+def _evaluation(row: Mapping[str, float] | None) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    names = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
+    return {"step": int(row["step"]), **{name: _value([row.get(f"eval_{name}", math.nan)]) for name in names}}
+
+
+def _mean(values: Numbers) -> float | None:
+    there = values[~np.isnan(values)]
+    return float(there.mean()) if len(there) else None
+
+
+def _value(values: Sequence[float] | Numbers) -> float | None:
+    """The one value, as JSON has it; None where there is none, or it is not finite."""
+    return float(values[0]) if len(values) and math.isfinite(values[0]) else None
