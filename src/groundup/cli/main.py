@@ -12,7 +12,7 @@ import traceback
 
 import click
 
-from groundup.cli import models, training  # noqa: F401 - their verbs
+from groundup.cli import looking, models, training  # noqa: F401 - their verbs
 from groundup.cli.command import ReaderGoneError, cli
 from groundup.errors import ConfigError, GroundupError
 from groundup.tracking.surprise import harmless

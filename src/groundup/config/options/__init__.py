@@ -12,7 +12,9 @@ from groundup.config.options.commands import (
     ExportOptions,
     GenerationOptions,
     ImportOptions,
+    ReportOptions,
     ScoreOptions,
+    WatchOptions,
     WeightsOptions,
 )
 from groundup.config.options.data import CodeOptions, DataOptions, TokenizerOptions
@@ -44,7 +46,9 @@ GENERATE_GROUPS = (GenerationOptions, WeightsOptions, MachineOptions)
 SCORE_GROUPS = (ScoreOptions, WeightsOptions, MachineOptions)
 IMPORT_GROUPS = (ImportOptions,)
 EXPORT_GROUPS = (ExportOptions, WeightsOptions)
+REPORT_GROUPS = (ReportOptions,)
 SCHEDULE_GROUPS = (ScheduleOptions, DrawingOptions)
+WATCH_GROUPS = (WatchOptions, WeightsOptions)
 
 COMMANDS = {
     "prepare": PREPARE_GROUPS,
@@ -55,6 +59,8 @@ COMMANDS = {
     "import": IMPORT_GROUPS,
     "export": EXPORT_GROUPS,
     "schedule": SCHEDULE_GROUPS,
+    "report": REPORT_GROUPS,
+    "watch": WATCH_GROUPS,
 }
 
 __all__ = [
@@ -64,9 +70,11 @@ __all__ = [
     "GENERATE_GROUPS",
     "IMPORT_GROUPS",
     "PREPARE_GROUPS",
+    "REPORT_GROUPS",
     "SCHEDULE_GROUPS",
     "SCORE_GROUPS",
     "TRAIN_GROUPS",
+    "WATCH_GROUPS",
     "BatchOptions",
     "CodeOptions",
     "DataOptions",
@@ -79,6 +87,7 @@ __all__ = [
     "MachineOptions",
     "ModelOptions",
     "OptimizerOptions",
+    "ReportOptions",
     "RunOptions",
     "ScheduleOptions",
     "ScoreOptions",
@@ -88,5 +97,6 @@ __all__ = [
     "TargetOptions",
     "TokenizerOptions",
     "TrackingOptions",
+    "WatchOptions",
     "WeightsOptions",
 ]

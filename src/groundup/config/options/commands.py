@@ -181,3 +181,20 @@ class WatchOptions:
     """Watching: where the page is."""
 
     port: int = option(8265, "Port on 127.0.0.1; 0 takes a free one.", at_least=0, at_most=65535, why="ours")
+    threads: int = option(
+        1,
+        "Threads of the token view; more are faster, and take them from a training that goes on.",
+        unit="threads",
+        at_least=1,
+        at_most=1024,
+        why="ours",
+    )
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Report: where to."""
+
+    output: str = option(
+        "", "The page, a .html; by default report.html in the run, or in the current folder where there are several.", why="ours"
+    )
