@@ -14,8 +14,8 @@ RUN = click.Argument(["run"], metavar="RUN")
 
 @verb(
     "watch",
-    "Show a run in the browser while it goes on.\n\nIts report, live, and its model's view of tokens: what may come next, and how "
-    "surprising a text is. On this machine alone; Ctrl-C ends.",
+    "Show a run in the browser while it goes on.\n\nIts report, live, and its model's view of tokens: what may come next, and "
+    "how surprising a text is. On this machine alone; Ctrl-C ends.",
     WATCH_GROUPS,
     [RUN],
 )

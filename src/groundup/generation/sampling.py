@@ -51,6 +51,13 @@ class Sampler:
             candidates = keep_min_p(candidates, self.min_p)
         return torch.full_like(scores, -torch.inf).scatter(0, left, candidates)
 
+    def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """(V,) probabilities with which ``draw`` takes each token: 0 where a filter removed it, 1 for greedy's only one."""
+        scores = self.scores(logits, seen)
+        if self.temperature == 0:
+            return torch.zeros_like(scores).scatter(0, scores.argmax()[None], 1.0)
+        return scores.softmax(-1)
+
     def draw(self, logits: Tensor, generator: torch.Generator, seen: Tensor | None = None) -> int:
         """One token id from logits (V,); ``generator`` is a CPU generator, so that all devices draw alike."""
         scores = self.scores(logits, seen)

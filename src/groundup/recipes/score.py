@@ -8,11 +8,11 @@ from typing import Any
 from groundup.config.load import Settings
 from groundup.config.options import ScoreOptions
 from groundup.errors import ConfigError, DataError
-from groundup.evaluation.surprise import Surprise, token_surprise
+from groundup.evaluation.surprise import token_surprise
 from groundup.recipes.generate import load_for_generation, spelling
+from groundup.recipes.loading import Loaded
 from groundup.recipes.texts import given_texts
 from groundup.runtime.device import explained_memory_errors
-from groundup.tokenizer.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 
@@ -37,19 +37,18 @@ def score(path: Path, settings: Settings, say: Say) -> dict[str, Any]:
         if not text:
             raise DataError(f"text: number {number + 1} is empty; there is nothing to score in it")
     loaded = load_for_generation(path, settings, say)
-    tokenizer = loaded.tokenizer
-    scored = []
     with explained_memory_errors():
-        for text in texts:
-            found = token_surprise(
-                loaded.model, [tokenizer.end_of_text_id], tokenizer.encode(text).tolist(),
-                top_logprobs=options.top_logprobs, usable_ids=tokenizer.vocab_size,
-            )  # fmt: skip
-            scored.append(_scored(text, found, tokenizer))
+        scored = [score_text(loaded, text, options.top_logprobs) for text in texts]
     return {"texts": scored, "checkpoint": str(loaded.checkpoint)}
 
 
-def _scored(text: str, found: list[Surprise], tokenizer: Tokenizer) -> dict[str, Any]:
+def score_text(loaded: Loaded, text: str, top_logprobs: int) -> dict[str, Any]:
+    """One text, not empty, as ``score`` reports it."""
+    tokenizer = loaded.tokenizer
+    found = token_surprise(
+        loaded.model, [tokenizer.end_of_text_id], tokenizer.encode(text).tolist(),
+        top_logprobs=top_logprobs, usable_ids=tokenizer.vocab_size,
+    )  # fmt: skip
     nats = -sum(surprise.logprob for surprise in found)
     loss = nats / len(found)
     return {

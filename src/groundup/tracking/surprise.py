@@ -1,7 +1,7 @@
 """Surprise per token, for people: colours at a terminal, else a table."""
 
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def show_surprise(text: Mapping[str, Any], console: "Console | None" = None) -> 
         print("\n".join(["bits\trank\ttoken", *rows, summary]), file=console.file)
         return
     shown = Text()
-    for characters, bits in _characters(text["tokens"]):
-        shown.append(harmless(characters), style=_style(bits))
+    for characters, tokens in whole_characters(text["tokens"]):
+        shown.append(harmless(characters), style=_style(sum(token["bits"] for token in tokens)))
     console.print(shown)
     legend = Text("surprise in bits: ")
     for _, words, style in SCALE:
@@ -54,21 +54,22 @@ def harmless(text: str) -> str:
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
 
 
-def _characters(tokens: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
-    """Whole characters with their surprise: tokens that share one are put together."""
-    held, bits = b"", 0.0
+def whole_characters(tokens: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """Text with the tokens that it is from, as short as can be: tokens that share a character are put together."""
+    held: list[Mapping[str, Any]] = []
     for token in tokens:
-        held, bits = held + bytes(token["bytes"]), bits + token["bits"]
+        held.append(token)
+        content = b"".join(bytes(part["bytes"]) for part in held)
         try:
-            text = held.decode()
+            text = content.decode()
         except UnicodeDecodeError as error:
             if error.reason == "unexpected end of data":
                 continue
-            text = held.decode(errors="replace")
-        yield text, bits
-        held, bits = b"", 0.0
+            text = content.decode(errors="replace")
+        yield text, held
+        held = []
     if held:
-        yield held.decode(errors="replace"), bits
+        yield b"".join(bytes(part["bytes"]) for part in held).decode(errors="replace"), held
 
 
 def _style(bits: float) -> str:

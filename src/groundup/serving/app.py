@@ -1,0 +1,136 @@
+"""
+The web application of ``groundup watch``: pages that are read, and questions about tokens that change nothing.
+
+Which page, which data, which answer: that is handed in. No path from a request is ever opened.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from groundup.errors import GroundupError
+from groundup.serving.guard import Guard, policy_of
+from groundup.serving.latest import Latest
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import ASGIApp
+
+LONGEST_QUESTION = 256 * 1024
+"""Bytes of a question."""
+PATIENCE = 10
+"""Seconds in which a question must have come whole."""
+WAITING = 16
+"""Questions that may wait for the one that is being answered."""
+
+Answer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What is shown."""
+
+    page: Callable[[str], str]
+    """The run's page as HTML, from its data as JSON."""
+    data: Latest
+    """The run's data as JSON."""
+    tokens: str
+    """The token view as HTML."""
+    questions: Mapping[str, Answer]
+    """What answers a question of the token view, by its name; raises GroundupError where it cannot."""
+    say: Callable[[str], None]
+    """Told of every fault of ours, in one line."""
+
+
+def application(pages: Pages) -> "ASGIApp":
+    """
+    The application: ``/``, ``/data.json``, ``/tokens``, and a POST to ``/tokens/NAME`` for each question.
+
+    Questions are answered one at a time, on a thread of their own.
+    """
+    from anyio import CapacityLimiter, fail_after, to_thread
+    from starlette.applications import Starlette
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
+
+    one_at_a_time = CapacityLimiter(1)
+    waiting = 0
+
+    def html(text: str) -> "Response":
+        return HTMLResponse(text, headers={"content-security-policy": policy_of(text)})
+
+    def refused(status: int, line: str) -> "Response":
+        # What was sent along may not have been read to its end, so the connection ends.
+        return JSONResponse({"error": line}, status, headers={"connection": "close"} if status != 422 else None)
+
+    async def page(request: "Request") -> "Response":
+        found = await to_thread.run_sync(pages.data.now)
+        return html(await to_thread.run_sync(pages.page, found.text))
+
+    async def data(request: "Request") -> "Response":
+        found = await to_thread.run_sync(pages.data.now)
+        headers = {"etag": found.etag, "cache-control": "no-cache"}
+        if found.etag in (tag.strip() for tag in request.headers.get("if-none-match", "").split(",")):
+            return Response(status_code=304, headers=headers)
+        return Response(found.text, headers=headers, media_type="application/json")
+
+    async def tokens(request: "Request") -> "Response":
+        return html(pages.tokens)
+
+    async def no_icon(request: "Request") -> "Response":
+        return Response(status_code=204)
+
+    async def answered(request: "Request", answer: Answer) -> "Response":
+        nonlocal waiting
+        # No form can send this type, and a script from elsewhere must ask first, which is refused.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return refused(415, "a question is application/json")
+        body = b""
+        try:
+            with fail_after(PATIENCE):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > LONGEST_QUESTION:
+                        return refused(413, f"a question has at most {LONGEST_QUESTION:,} bytes")
+        except (TimeoutError, ClientDisconnect):
+            return refused(408, "the question did not come whole")
+        try:
+            asked = json.loads(body, parse_constant=_no_number)
+        except (ValueError, RecursionError):
+            return refused(400, "the question is not JSON")
+        if not isinstance(asked, dict):
+            return refused(400, "the question is not a JSON object")
+        if waiting >= WAITING:
+            return refused(503, "busy with other questions; ask again")
+        waiting += 1
+        try:
+            found = await to_thread.run_sync(answer, asked, limiter=one_at_a_time)
+        except GroundupError as error:
+            return refused(422, str(error))
+        finally:
+            waiting -= 1
+        return Response(json.dumps(found, allow_nan=False), media_type="application/json")
+
+    async def fault(request: "Request", error: Exception) -> "Response":
+        pages.say(f"WARNING: a request failed: {type(error).__name__}: {error}")
+        return refused(500, "internal error; the terminal of groundup watch says more")
+
+    routes = [
+        Route("/", page, methods=["GET"]),
+        Route("/data.json", data, methods=["GET"]),
+        Route("/tokens", tokens, methods=["GET"]),
+        Route("/favicon.ico", no_icon, methods=["GET"]),
+        *(
+            Route(f"/tokens/{name}", partial(answered, answer=answer), methods=["POST"])
+            for name, answer in pages.questions.items()
+        ),
+    ]
+    return Guard(Starlette(routes=routes, exception_handlers={Exception: fault}))
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")

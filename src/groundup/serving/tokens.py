@@ -1,0 +1,11 @@
+"""The token view: a page that asks this server what a model expects."""
+
+import html
+from importlib.resources import files
+
+
+def tokens_page(run: str) -> str:
+    """The page as HTML, with all that it needs inside. ``run`` is the name to show."""
+    folder = files("groundup.serving")
+    shell, style, script = (folder.joinpath(f"tokens.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    return shell.replace("/*STYLE*/", style).replace("/*SCRIPT*/", script).replace("RUN_NAME", html.escape(run))
