@@ -1,0 +1,363 @@
+"""Do the gradients exist, are they right, and do they arrive?"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groundup.diagnostics.bench import Scores, blocks_of, copied, family, learner, plural, redraw, reference_loss
+from groundup.diagnostics.check import Check
+from groundup.diagnostics.subject import Subject
+
+SHIFT = 1e-5
+"""Step of the difference quotient, relative to the weights: in float64 its own error is about 1e-7 of the derivative."""
+WRONG = 1e-3
+"""Relative error from which on a gradient is wrong; kinks, as ReLU has, may give 1e-4, and a forgotten path gives 0.1 to 1."""
+SHIFT_FLOAT32, WRONG_FLOAT32 = 1e-2, 0.2
+"""The same for a model that runs in float32 only: its rounding drowns all but gross errors."""
+STEEP = 1e3
+"""Ratio of gradient sizes across the depth: more than Adam's division by its own mean can even out in bfloat16's 8 bits."""
+TOKENS = 16
+"""Tokens of the gradient check: two windows of eight."""
+
+
+@dataclass(frozen=True)
+class FamilyError:
+    """The derivative of the loss in a random direction of one kind of parameters."""
+
+    analytic: float
+    numeric: float
+    wrong: bool
+
+    @property
+    def relative(self) -> float:
+        """Of the difference."""
+        return abs(self.analytic - self.numeric) / max(abs(self.analytic), abs(self.numeric), 1e-300)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What was found out about the backward pass."""
+
+    precision: str
+    families: dict[str, FamilyError]
+    frozen: list[str]
+    """Parameters that are not trained, and were not said to be so on purpose."""
+    cut_off: list[str]
+    """Parameters that the loss depends on and that get no gradient."""
+    unused: list[str]
+    """Parameters that the loss does not depend on."""
+    cut_blocks: list[str] = field(default_factory=list)
+    """Blocks whose own derivative by their input is wrong."""
+
+    @property
+    def wrong(self) -> list[str]:
+        """Families whose gradient is not the derivative."""
+        return [name for name, error in self.families.items() if error.wrong]
+
+    @property
+    def culprit(self) -> str:
+        """
+        The name of what is wrong with it.
+
+        A path that is cut falsifies the gradients of all that is before it, the embeddings first of all; a mistake in the
+        backward pass of one module falsifies that module's own.
+        """
+        if not (self.wrong or self.cut_off):
+            return ""
+        return "residual_detached" if self.cut_blocks or self.cut_off or len(self.wrong) > 2 else "backward_wrong"
+
+
+def look_at_backward(subject: Subject, scores: Scores, targets: Tensor) -> Backward:
+    """
+    Compare the backward pass with difference quotients, on a copy with weights at which every part does something.
+
+    Args:
+        targets: (B, T) the tokens that come next.
+    """
+    rows, length = min(2, subject.inputs.size(0)), min(TOKENS // 2, subject.inputs.size(1))
+    inputs, targets = subject.inputs[:rows, :length], targets[:rows, :length]
+    precise = True
+    try:
+        model = _redrawn(subject).double()
+        precise = scores(model, inputs).dtype == torch.float64
+    except Exception:
+        precise = False
+    model = model if precise else _redrawn(subject)
+
+    def loss() -> Tensor:
+        return reference_loss(scores(model, inputs), targets, subject.vocab_size)
+
+    frozen = [n for n, p in subject.model.named_parameters() if not p.requires_grad and not n.startswith(subject.frozen)]
+    named = list(model.named_parameters())
+    value = loss()
+    gradients = (
+        torch.autograd.grad(value, [p for _, p in named], allow_unused=True) if value.requires_grad else [None] * len(named)
+    )
+    wanted = dict(zip((name for name, _ in named), gradients, strict=True))
+    shift, limit = (SHIFT, WRONG) if precise else (SHIFT_FLOAT32, WRONG_FLOAT32)
+    slopes = _Slopes(loss, shift, subject.seed)
+    kinds: dict[str, list[str]] = {}
+    for name, _ in named:
+        kinds.setdefault(family(name), []).append(name)
+    parameters = dict(named)
+    pairs = {kind: slopes.both([parameters[n] for n in names], [wanted[n] for n in names]) for kind, names in kinds.items()}
+    # Rounding in the loss itself, carried through the quotient, is no error of the gradient.
+    rounding = 100 * torch.finfo(value.dtype).eps * abs(float(value.detach())) / shift
+    families = {kind: FamilyError(a, n, abs(a - n) > limit * max(abs(a), abs(n)) + rounding) for kind, (a, n) in pairs.items()}
+    silent = [n for n, g in wanted.items() if g is None or not bool(g.any())]
+    moved = {n: slopes.both([parameters[n]], [None])[1] for n in silent}
+    cut_off = [n for n, slope in moved.items() if abs(slope) > rounding]
+    unused = [n for n in silent if n not in cut_off]
+    suspicious = bool(cut_off) or any(error.wrong for error in families.values())
+    cut_blocks = _cut_blocks(model, scores, inputs, shift, limit, subject.seed) if suspicious else []
+    return Backward("float64" if precise else "float32", families, frozen, cut_off, unused, cut_blocks)
+
+
+def _redrawn(subject: Subject) -> nn.Module:
+    """A copy with random weights, all of them trained."""
+    model = copied(subject.model)
+    redraw(model, subject.seed)
+    return model.requires_grad_()
+
+
+class _Slopes:
+    """Derivatives in random directions, from the backward pass and from a difference quotient."""
+
+    def __init__(self, loss: Callable[[], Tensor], shift: float, seed: int):
+        self._loss, self._shift, self._draw = loss, shift, torch.Generator().manual_seed(seed + 1)
+
+    @torch.no_grad()
+    def both(self, parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> tuple[float, float]:
+        """The derivative in one direction of some parameters: as the gradients have it, and as it is."""
+        directions = [torch.randn(p.shape, generator=self._draw, dtype=torch.float64).to(p) for p in parameters]
+        # As large as the weights, so that the step is a relative one.
+        directions = [d * (p.square().mean().sqrt() if p.any() else 1.0) for d, p in zip(directions, parameters, strict=True)]
+        analytic = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True) if g is not None)
+        before = [p.clone() for p in parameters]
+        values = []
+        for sign in (1, -1):
+            for p, b, d in zip(parameters, before, directions, strict=True):
+                p.copy_(b + sign * self._shift * d)
+            values.append(float(self._loss()))
+        for p, b in zip(parameters, before, strict=True):
+            p.copy_(b)
+        return analytic, (values[0] - values[1]) / (2 * self._shift)
+
+
+def _cut_blocks(model: nn.Module, scores: Scores, inputs: Tensor, shift: float, limit: float, seed: int) -> list[str]:
+    """Blocks whose derivative by their input, in a random direction and seen from another, is not what autograd says."""
+    calls: dict[str, tuple[nn.Module, Any, Any]] = {}
+    hooks = []
+    for name, block in blocks_of(model):
+
+        def keep(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            calls[name] = (module, args, kwargs)
+
+        hooks.append(block.register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            scores(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    draw = torch.Generator().manual_seed(seed + 2)
+    wrong = []
+    for name, (block, args, kwargs) in calls.items():
+        if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+            continue
+        x = args[0].detach().clone().requires_grad_()
+        u, v = (torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x) for _ in range(2))
+
+        def seen(at: Tensor, block: Any = block, rest: Any = args[1:], kwargs: Any = kwargs, v: Tensor = v) -> Tensor:
+            output = block(at, *rest, **kwargs)
+            output = output[0] if isinstance(output, tuple | list) else output
+            return (output * v).sum()
+
+        value = seen(x)
+        (slope,) = torch.autograd.grad(value, x, allow_unused=True) if value.requires_grad else (None,)
+        analytic = 0.0 if slope is None else float((slope * u).sum())
+        with torch.no_grad():
+            numeric = float(seen(x + shift * u) - seen(x - shift * u)) / (2 * shift)
+        if abs(analytic - numeric) > limit * max(abs(analytic), abs(numeric)):
+            wrong.append(name)
+    return wrong
+
+
+def reach_check(found: Backward) -> Check:
+    """Every parameter gets a gradient."""
+    name, group, expected = (
+        "gradients_reach",
+        "gradients",
+        "every parameter is trained, has a part in the loss, and gets a gradient",
+    )
+    if found.cut_off:
+        return Check(
+            name, group, False, f"{plural(len(found.cut_off), 'parameter')} that the loss depends on get none: {_some(found.cut_off)}",
+            expected, _where(found), "residual_detached",
+        )  # fmt: skip
+    if found.frozen:
+        return Check(
+            name, group, False, f"{plural(len(found.frozen), 'parameter')} with requires_grad False: {_some(found.frozen)}",
+            expected, "let them be trained, or say that it is meant so: frozen=(the beginnings of their names)",
+            "parameters_frozen",
+        )  # fmt: skip
+    if found.unused:
+        return Check(
+            name, group, False, f"the loss does not depend on {_some(found.unused)}", expected,
+            "the forward pass leaves them out, or a mask does: use them, or take them away", "parameters_unused",
+        )  # fmt: skip
+    return Check(name, group, True, "all get one", expected)
+
+
+def gradient_check(found: Backward) -> Check:
+    """The gradient is the derivative, for each kind of parameters."""
+    limit = WRONG if found.precision == "float64" else WRONG_FLOAT32
+    expected = f"relative error below {limit:g} against a difference quotient, in {found.precision}"
+    details = {kind: {"analytic": e.analytic, "numeric": e.numeric, "relative_error": e.relative, "wrong": e.wrong}
+               for kind, e in found.families.items()}  # fmt: skip
+    if not found.families:
+        return Check("gradient_check", "gradients", None, "there are no parameters", expected)
+    if found.wrong:
+        worst = max(found.wrong, key=lambda kind: found.families[kind].relative)
+        return Check(
+            "gradient_check", "gradients", False,
+            f"{len(found.wrong)} of {len(found.families)} kinds of parameters wrong, most {worst}: "
+            f"relative error {found.families[worst].relative:.2g}",
+            expected, _where(found), found.culprit, details,
+        )  # fmt: skip
+    sound = [e.relative for e in found.families.values() if max(abs(e.analytic), abs(e.numeric)) > 1e-6]
+    worst_error = f"largest error {max(sound):.0e}, " if sound else ""
+    return Check(
+        "gradient_check", "gradients", True, f"{worst_error}{plural(len(found.families), 'kind')} of parameters", expected,
+        details=details,
+    )  # fmt: skip
+
+
+def _where(found: Backward) -> str:
+    if found.cut_blocks:
+        return f"the gradient is cut inside {_some(found.cut_blocks)}: look for .detach(), .data, torch.no_grad or a new tensor"
+    if found.culprit == "residual_detached":
+        return (
+            "the gradient is cut between modules: look for .detach(), .data, torch.no_grad or a new tensor in the forward pass"
+        )
+    return f"the backward pass of {_some(found.wrong)} is wrong: a function of your own, or .detach() of the weight?"
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Root mean square of the loss's gradient by each block's output, the first block first; and by all parameters."""
+
+    names: list[str]
+    sizes: list[float]
+    total: float
+    stuck: list[str]
+    """Matrices that get no gradient at all in the first steps, though the loss depends on them."""
+    stuck_at_zero: bool
+    """All of them are 0."""
+
+
+def look_at_depth(subject: Subject, scores: Scores, targets: Tensor) -> Depth:
+    """
+    Gradients of the weights as they are, and of the first steps.
+
+    Args:
+        targets: (B, T) the tokens that come next.
+    """
+    model = learner(subject.model).requires_grad_()
+    names, outputs, hooks = [], [], []
+    for name, block in blocks_of(model):
+
+        def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            tensor = output[0] if isinstance(output, tuple | list) else output
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.retain_grad()
+                names.append(name)
+                outputs.append(tensor)
+
+        hooks.append(block.register_forward_hook(keep))
+    loss = reference_loss(scores(model, subject.inputs), targets, subject.vocab_size)
+    for hook in hooks:
+        hook.remove()
+    if loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]
+    sizes = [0.0 if t.grad is None else float(t.grad.double().square().mean().sqrt()) for t in outputs]
+    total = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None))
+    stuck = _stuck(model, subject, scores, targets)
+    return Depth(
+        names, sizes, total, stuck, bool(stuck) and not any(bool(dict(model.named_parameters())[n].any()) for n in stuck)
+    )
+
+
+def _stuck(model: nn.Module, subject: Subject, scores: Scores, targets: Tensor) -> list[str]:
+    """
+    Matrices whose gradient is exactly 0 in each of three steps.
+
+    One step is not enough: where a branch ends in a projection that starts at 0 (Zhang et al. 2019, Fixup), what is before
+    it gets a gradient from the second step on.
+    """
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() >= 2}
+    waiting = {name for name, p in matrices.items() if p.grad is None or not bool(p.grad.any())}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    rows = slice(0, 1)
+    for _ in range(3):
+        if not waiting:
+            break
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = reference_loss(scores(model, subject.inputs[rows]), targets[rows], subject.vocab_size)
+        if not loss.requires_grad:
+            break
+        loss.backward()  # type: ignore[no-untyped-call]
+        waiting -= {name for name in waiting if matrices[name].grad is not None and bool(matrices[name].grad.any())}  # type: ignore[union-attr]
+    return sorted(waiting)
+
+
+def depth_check(found: Depth, blame: str) -> Check:
+    """Gradients are about as large at the first block as at the last."""
+    name, group, expected = "gradient_depth", "gradients", f"sizes at the first and the last block within a factor of {STEEP:g}"
+    details = {"gradient_rms": dict(zip(found.names, found.sizes, strict=True)), "gradient_norm": found.total}
+    if len(found.sizes) < 2 or not math.isfinite(found.total) or not found.sizes[-1]:
+        measured = f"gradient norm {found.total:.3g}, {plural(len(found.sizes), 'block')} with a gradient"
+        return Check(name, group, None, measured, expected, details=details)
+    ratio = found.sizes[0] / found.sizes[-1]
+    factor = (ratio or 1e-300) ** (1 / (len(found.sizes) - 1))
+    measured = (f"first block {found.sizes[0]:.2e}, last {found.sizes[-1]:.2e}: times {ratio:.3g}, "
+                f"{factor:.3g} per block going back; gradient norm {found.total:.3g}")  # fmt: skip
+    if 1 / STEEP <= ratio <= STEEP:
+        return Check(name, group, True, measured, expected, details=details)
+    if ratio > STEEP:
+        culprit, advice = "gradients_explode", "smaller initial weights, norms before each part (pre-norm), clipping"
+    else:
+        culprit, advice = (
+            "gradients_vanish",
+            "residual connections that nothing interrupts, pre-norm instead of post-norm, warmup",
+        )
+    return Check(name, group, False, measured, expected, advice, blame or culprit, details)
+
+
+def stuck_check(found: Depth, backward: Backward) -> Check:
+    """Every matrix starts to move."""
+    name, group, expected = "initial_values", "gradients", "every matrix gets a gradient within three steps"
+    # What gets no gradient whatever its weights is not the fault of the weights.
+    stuck = [n for n in found.stuck if n not in backward.unused and n not in backward.cut_off]
+    if not stuck:
+        return Check(name, group, True, f"all do; gradient norm {found.total:.3g} at the first step", expected)
+    measured = f"{len(stuck)} of the matrices get none: {_some(stuck)}"
+    if found.stuck_at_zero:
+        return Check(
+            name, group, False, f"{measured}; all of them are 0", expected,
+            "initial weights 0: what is multiplied by 0 neither passes anything on nor learns; draw them, as GPT-2 with 0.02",
+            "initial_weights_zero",
+        )  # fmt: skip
+    return Check(
+        name, group, False, measured, expected, "units that never fire, or a softmax that is saturated: smaller initial weights",
+        "units_dead",
+    )  # fmt: skip
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,291 @@
+"""Is the model one: shapes, what each position sees, the loss of guessing, tied weights, groups of the optimizer."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groundup.diagnostics.bench import IGNORED, Scores, copied, plural, redraw, reference_loss
+from groundup.diagnostics.check import Check
+from groundup.diagnostics.subject import Subject
+
+LOOKED_AT = 16
+"""Positions whose influence on each other is measured; each is one window of a pass."""
+SEEN = 1e-9
+"""Relative change of a score from which on it counts as moved, in float64, whose rounding is 1e-16 an operation."""
+SEEN_FLOAT32 = 1e-4
+"""The same for a model that runs in float32 only."""
+EVEN = 1.0
+"""
+Nats above ln V that a new model may have. Scores of standard deviation σ that know nothing cost σ²/2 more than equal ones:
+GPT-2's initial weights have σ ≤ 0.8 up to 1,600 wide, PyTorch's 0.6, and √2 is the most that an initialisation in use gives.
+"""
+LEARNED = 0.5
+"""Nats below ln V from which on a model has learned something: the text's most frequent tokens are worth about that."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The loss before training."""
+
+    loss: float
+    """Of all tokens."""
+    fair_loss: float
+    """Without the token that a position has just read, which tied embeddings favour."""
+    vocab_size: int
+    trained: bool
+
+    @property
+    def too_large(self) -> bool:
+        """A new model is sure of something."""
+        return not self.trained and not self.fair_loss - math.log(self.vocab_size) <= EVEN
+
+
+@torch.no_grad()
+def look_at_start(subject: Subject, scores: Tensor, targets: Tensor) -> Start:
+    """
+    The loss of the weights as they are.
+
+    Args:
+        scores: (B, T, rows of the head) of the subject's inputs.
+        targets: (B, T) the tokens that come next.
+    """
+    real = scores[..., : subject.vocab_size].double()
+    loss = float(reference_loss(real, targets, None))
+    # Embeddings that are the head too give the token just read a high score, whatever the model: |wte|² · √C / |x|.
+    read = subject.inputs[..., None]
+    fair = real.scatter(-1, read, -torch.inf)
+    others = torch.where(targets == subject.inputs, IGNORED, targets)
+    fair_loss = float(reference_loss(fair, others, None)) if bool((others != IGNORED).any()) else loss
+    uniform = math.log(real.size(-1))
+    return Start(loss, fair_loss, real.size(-1), loss < uniform - LEARNED if subject.trained is None else subject.trained)
+
+
+def shape_checks(subject: Subject, scores: Tensor) -> list[Check]:
+    """The scores have a shape that a language model's have, and are numbers."""
+    B, T, V = scores.shape
+    real = scores[..., : subject.vocab_size]
+    most = int(torch.max(subject.inputs.max(), subject.labels.max()))
+    needed = max(most + 1, subject.vocab_size or 0)
+    shape = Check(
+        "shapes", "model", needed <= V,
+        f"scores ({B}, {T}, {V}) of token ids ({B}, {T}), the largest id {most}", f"(B, T, V) with V of {needed:,} at least",
+        "" if needed <= V else "the head has fewer rows than the text has tokens: set the vocabulary of the tokenizer",
+        "" if needed <= V else "vocabulary_too_small",
+    )  # fmt: skip
+    finite = torch.isfinite(real).all(-1)  # (B, T)
+    if bool(finite.all()):
+        return [shape, Check("finite", "model", True, f"all {real.numel():,} scores are finite", "all scores are finite")]
+    where = sorted({int(t) for t in (~finite).any(0).nonzero()})
+    advice = "a number overflowed or was divided by 0; look for the first module whose output is not finite"
+    if 0 in where and len(where) < T:
+        advice = "a row of the attention mask that forbids every position gives nan: each position must see itself"
+    return [shape, Check(
+        "finite", "model", False, f"not finite at {plural(len(where), 'position')} of {T}: {_shown(where)}",
+        "all scores are finite", advice, "scores_not_finite",
+    )]  # fmt: skip
+
+
+def initial_loss(start: Start) -> Check:
+    """A new model guesses evenly: its loss is about ln V."""
+    uniform = math.log(start.vocab_size)
+    measured = f"{start.loss:.3f} nats per token"
+    if abs(start.fair_loss - start.loss) > 0.1:
+        measured += f", {start.fair_loss:.3f} without the token just read"
+    expected = f"ln {start.vocab_size:,} = {uniform:.3f}, at most {EVEN:g} more"
+    details = {"loss": start.loss, "loss_without_read_token": start.fair_loss, "uniform": uniform}
+    if start.trained:
+        return Check("initial_loss", "model", True, f"{measured}: the model is trained already", expected, details=details)
+    if start.too_large:
+        return Check(
+            "initial_loss", "model", False, measured, expected,
+            "initial weights too large: the model is sure of what it cannot know. GPT-2 draws matrices and embeddings with a "
+            "standard deviation of 0.02; PyTorch draws embeddings with 1, which a tied head cannot bear",
+            "initial_weights_too_large", details,
+        )  # fmt: skip
+    return Check("initial_loss", "model", True, measured, expected, details=details)
+
+
+@torch.no_grad()
+def influences(model: nn.Module, scores: Scores, inputs: Tensor) -> tuple[Tensor, bool]:
+    """
+    How much the scores of position t move when token p is another one, (p, t), relative to the largest move.
+
+    Args:
+        inputs: (1, T) token ids; each is replaced by another token of the window, so that it surely is in the vocabulary.
+
+    Returns:
+        the moves, and whether a window moves one beside it.
+    """
+    T = inputs.size(1)
+    others = torch.arange(T, device=inputs.device)
+    variants = inputs.repeat(T, 1)  # (T, T)
+    variants[others, others] = _another(inputs[0])
+    base = scores(model, torch.cat([inputs, inputs]))
+    beside = scores(model, torch.cat([inputs, variants[-1:].flip(1)]))
+    changed = scores(model, torch.cat([inputs, variants]))
+    moves = (changed[1:] - changed[:1]).nan_to_num(0.0).abs().amax(-1)  # (p, t)
+    largest = float(moves.max())
+    mixed = float((base[0] - beside[0]).nan_to_num(0.0).abs().max())
+    return moves / (largest or 1.0), mixed > SEEN_FLOAT32 * largest
+
+
+def _another(tokens: Tensor) -> Tensor:
+    """For each token (T,) one that differs from it, of the window if it has two."""
+    first = tokens[0]
+    others = tokens[tokens != first]
+    second = others[0] if others.numel() else torch.where(first > 0, first - 1, first + 1)
+    return torch.where(tokens == first, second, first)
+
+
+def sight_checks(subject: Subject, scores: Scores) -> list[Check]:
+    """No position sees what comes after it; each sees itself and what comes before; no window sees another."""
+    inputs = subject.inputs[:1, :LOOKED_AT]
+    found = []
+    # With weights of our own too: a projection that starts at 0 would hide that something leaks through it.
+    for mine in (False, True):
+        model, seen = copied(subject.model), SEEN
+        if mine:
+            redraw(model, subject.seed)
+        try:
+            moves, mixed = influences(model.double(), scores, inputs)
+        except Exception:
+            model, seen = copied(subject.model), SEEN_FLOAT32
+            if mine:
+                redraw(model, subject.seed)
+            moves, mixed = influences(model, scores, inputs)
+        found.append((moves.cpu() > seen, mixed))
+    (as_it_is, mixed_as_it_is), (redrawn, mixed_redrawn) = found
+    moved = as_it_is | redrawn
+    return [_leak(moved), _context(redrawn), _windows(mixed_as_it_is or mixed_redrawn)]
+
+
+def _leak(moved: Tensor) -> Check:
+    pairs = [(int(p), int(t)) for p, t in moved.nonzero() if t < p]
+    name, expected = "causal_leak", "changing a token moves no score of a position before it"
+    T = moved.size(0)
+    if not pairs:
+        return Check(name, "model", True, f"none of {T * (T - 1) // 2} pairs of positions moved", expected)
+    ahead = sorted({p - t for p, t in pairs})
+    p, t = min(pairs, key=lambda pair: (pair[0] - pair[1], pair[1]))
+    return Check(
+        name, "model", False,
+        f"changing token {p} moves the scores of position {t}; {plural(len(pairs), 'pair')} of {T * (T - 1) // 2}, "
+        f"{ahead[0]}" + (f" to {ahead[-1]}" if len(ahead) > 1 else "") + " ahead",
+        expected,
+        "the model sees what it has to predict: "
+        + ("the mask is off by one, it must forbid the diagonal above the main one" if ahead == [1] else
+           "the mask is missing or turned round, or something mixes positions, such as a norm over time"),
+        "causal_leak",
+        {"pairs": pairs},
+    )  # fmt: skip
+
+
+def _context(moved: Tensor) -> Check:
+    name, expected = "sees_context", "each position sees its own token and the ones before it"
+    T = moved.size(0)
+    itself = int(moved.diagonal().sum())
+    before = int(moved.diagonal(1).sum())  # token p moves position p + 1
+    past = [int(t - p) for p, t in moved.nonzero() if t > p]
+    measured = f"{itself} of {T} see themselves, {before} of {T - 1} the token before; the farthest seen is {max(past, default=0)} back"
+    if past and itself:
+        return Check(name, "model", True, measured, expected)
+    if T == 1:
+        return Check(name, "model", None, "windows of one token", expected)
+    return Check(
+        name, "model", False, measured, expected,
+        "attention passes nothing on: is its output added to the stream, is the mask turned round? (A bigram model is meant so.)",
+        "past_unseen",
+    )  # fmt: skip
+
+
+def _windows(mixed: bool) -> Check:
+    name, expected = "windows_apart", "a window's scores do not depend on the windows beside it"
+    if not mixed:
+        return Check(name, "model", True, "they do not", expected)
+    return Check(
+        name, "model", False, "another second window moves the scores of the first", expected,
+        "batch and time are mixed up: look for a view or reshape that should be a transpose", "windows_mixed",
+    )  # fmt: skip
+
+
+def tied_weights(subject: Subject) -> Check:
+    """Pairs that have to be one parameter are one; and no two parameters look as if somebody had meant to tie them."""
+    name, expected = "tied_weights", "one parameter under both names"
+    by_name = dict(subject.model.named_parameters(remove_duplicate=False))
+    unknown = [part for pair in subject.tied for part in pair if part not in by_name]
+    apart = [pair for pair in subject.tied if not unknown and by_name[pair[0]] is not by_name[pair[1]]]
+    pairs = apart or _lookalikes(subject.model)
+    if unknown:
+        return Check(name, "model", False, f"no parameter {', '.join(unknown)}", expected, "name them as named_parameters does")
+    if pairs:
+        shown = "; ".join(f"{a} and {b}" for a, b in pairs[:3])
+        return Check(
+            name, "model", False, f"{shown}: two parameters" + ("" if apart else " of the same values"), expected,
+            "assign the parameter itself, head.weight = embedding.weight, after all weights are in place; a copy of its values "
+            "is trained apart", "weights_not_tied",
+        )  # fmt: skip
+    names: dict[int, list[str]] = {}
+    for key, parameter in by_name.items():
+        names.setdefault(id(parameter), []).append(key)
+    shared = [" = ".join(group) for group in names.values() if len(group) > 1]
+    return Check(name, "model", True, "; ".join(shared) or "no parameter has two names", expected)
+
+
+def _lookalikes(model: nn.Module) -> list[tuple[str, str]]:
+    found, seen = [], list[tuple[str, nn.Parameter]]()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or parameter.numel() < 2 or bool((parameter == parameter.flatten()[0]).all()):
+            continue
+        found += [
+            (other_name, name)
+            for other_name, other in seen
+            if other.shape == parameter.shape and other.device == parameter.device and torch.equal(other, parameter)
+        ]
+        seen.append((name, parameter))
+    # Blocks that are copies of each other (deepcopy, as nn.TransformerEncoder makes them) start alike and are not tied.
+    return [(a, b) for a, b in found if a.rsplit(".", 1)[-1] == b.rsplit(".", 1)[-1] and not _numbered_alike(a, b)]
+
+
+def _numbered_alike(a: str, b: str) -> bool:
+    """Names that differ in numbers only: the same place of two blocks."""
+    return ["#" if part.isdigit() else part for part in a.split(".")] == ["#" if p.isdigit() else p for p in b.split(".")]
+
+
+def decay_groups_check(subject: Subject, groups: Sequence[dict[str, Any]] | None, model: nn.Module) -> Check:
+    """
+    Every trained parameter is in exactly one group of the optimizer.
+
+    Args:
+        groups: of the optimizer of ``model``, as torch keeps them; None where there is none.
+    """
+    name, expected = "decay_groups", "every trained parameter in exactly one group of the optimizer"
+    if groups is None:
+        return Check(name, "model", None, "no optimizer was given", expected)
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    count = dict.fromkeys(names, 0)
+    for group in groups:
+        for parameter in group["params"]:
+            count[id(parameter)] = count.get(id(parameter), 0) + 1
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    foreign = [key for key in count if key not in names]
+    missing = [names[key] for key in trained if not count[key]]
+    twice = [names[key] for key in names if count[key] > 1]
+    decayed = sum(len(group["params"]) for group in groups if group.get("weight_decay"))
+    measured = f"{plural(len(groups), 'group')}, {len(trained)} trained parameters, {decayed} of them decay"
+    if not (missing or twice or foreign):
+        return Check(name, "model", True, measured, expected)
+    parts = [f"in none: {_shown(sorted(missing))}" if missing else "", f"in several: {_shown(sorted(twice))}" if twice else "",
+             f"{plural(len(foreign), 'tensor')} of another model" if foreign else ""]  # fmt: skip
+    return Check(
+        name, "model", False, f"{measured}; " + "; ".join(part for part in parts if part), expected,
+        "build the groups from model.parameters() by one rule and its opposite, after the model is complete",
+        "parameters_frozen" if missing or foreign else "decay_groups_overlap",
+    )  # fmt: skip
+
+
+def _shown(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items[:5])) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
