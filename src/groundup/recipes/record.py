@@ -1,15 +1,19 @@
 """What a run's directory says of it: its configuration, what must not change, and the data that it left out."""
 
 import json
+import os
+import platform
 import shutil
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 
 from groundup import __version__
 from groundup.checkpoint.commit import checkpoints
@@ -32,11 +36,12 @@ from groundup.model.flops import parameter_count
 from groundup.model.gpt2 import GPT2, GPT2Config
 from groundup.runtime.files import existing_parent, replace_durably
 from groundup.tokenizer.tokenizer import Tokenizer
-from groundup.tracking.metrics import METRICS
+from groundup.tracking.metrics import METRICS, append_row
 from groundup.training.state import TrainState
 
 Say = Callable[[str], None]
 CONFIG, SAMPLES, LOCK, LEFT_OUT = "config.toml", "samples.jsonl", ".lock", "left_out.jsonl"
+STARTS = "starts.jsonl"
 PICTURES = ("loss.png", "perplexity.png")
 TRAINER_STATE = "trainer_state.json"
 
@@ -146,6 +151,19 @@ def write_config(run: Path, sources: Sequence[str], settings: Settings, *, prepa
     replace_durably(run / CONFIG, (head + tomli_w.dumps(document)).encode(errors="backslashreplace"))
 
 
+def add_start(run: Path, step: int, machine: str) -> None:
+    """
+    Record that training begins here, or goes on: when, after which step, on what, with which versions.
+
+    Args:
+        machine: in words.
+    """
+    system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads"
+    versions = {"groundup": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    append_row(run / STARTS, {"step": step, "time": now, "machine": f"{machine}; {system}", "versions": versions})
+
+
 def read_left_out(run: Path) -> list[dict[str, Any]]:
     """
     The batches that a run went back before, to leave them out: step, first_sample, samples, loss, grad_norm of each.
@@ -192,7 +210,7 @@ def require_ours(run: Path) -> None:
         ConfigError: names the file.
     """
     ours = is_run(run)
-    for name in (CONFIG, METRICS, SAMPLES, LEFT_OUT, *PICTURES, *(path.name for path in checkpoints(run))):
+    for name in (CONFIG, METRICS, SAMPLES, STARTS, LEFT_OUT, *PICTURES, *(path.name for path in checkpoints(run))):
         if not ours and (run / name).exists():
             raise ConfigError(
                 f"output_dir: {run} holds a {name} that no run of groundup wrote, and a run would replace it; choose another "

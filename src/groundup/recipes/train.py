@@ -23,7 +23,7 @@ from groundup.errors import DivergedError, Stopped
 from groundup.evaluation.measure import Evaluation, byte_frequency_baseline
 from groundup.model.flops import parameter_count, training_flops_per_token
 from groundup.recipes.loading import best_checkpoint
-from groundup.recipes.record import SAMPLES, add_left_out, own_left_out
+from groundup.recipes.record import SAMPLES, add_left_out, add_start, own_left_out
 from groundup.recipes.selection import best_saved, metric_of, out_of_patience
 from groundup.recipes.spike_report import report_spike
 from groundup.recipes.training import InHand, Training, open_training
@@ -61,7 +61,7 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
         while True:
             # A run that goes back is set up again, as one that was stopped there: there is one way to go on.
             with open_training(sources, run, settings, progress.say, in_hand) as training:
-                finished, spent = _train_once(training, progress, should_stop)
+                finished, spent = _train_once(training, progress, should_stop, anew=in_hand is None)
                 seconds += spent
                 if finished:
                     return _summary(training, seconds)
@@ -69,8 +69,13 @@ def train(sources: Sequence[str], run: Path, settings: Settings, progress: Progr
             del training  # or two models would be in memory
 
 
-def _train_once(training: Training, progress: Progress, should_stop: ShouldStop) -> tuple[bool, float]:
-    """Train to the end, or until the run goes back; returns whether it is the end, and the seconds of all steps."""
+def _train_once(training: Training, progress: Progress, should_stop: ShouldStop, *, anew: bool) -> tuple[bool, float]:
+    """
+    Train to the end, or until the run goes back; returns whether it is the end, and the seconds of all steps.
+
+    Args:
+        anew: this process begins here; it has not gone back.
+    """
     run, state, plan = training.run, training.state, training.plan
     options, selection = training.settings[RunOptions], training.settings[SelectionOptions]
     due = _evaluates_here(training) and not _evaluated(training)
@@ -80,6 +85,8 @@ def _train_once(training: Training, progress: Progress, should_stop: ShouldStop)
         progress.say(f"run {run}: already complete at step {state.step:,}; raise {limits} to go on")
         return True, 0.0
     _describe(training, progress.say)
+    if anew:
+        add_start(run, state.step, training.machine.reason)
     peak, peak_origin = peak_flops(training.machine, training.settings[SpeedOptions].peak_tflops)
     progress.say(f"peak: {peak / 1e12:.2f} TFLOP/s ({peak_origin})")
     started_at, meter, ended = state.step, _Meter(), False
