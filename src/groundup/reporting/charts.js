@@ -2,6 +2,7 @@
 // Curves of all runs over one another, by uPlot.
 
 const AXES = { step: "optimizer steps", tokens: "tokens", epoch: "epochs", seconds: "training time" };
+const SIDE = 14; // pixels to the right of a chart without names
 const settings = { axis: "step", smooth: true, log: false, logx: false };
 
 // Of a chart: what it shows of a run, as lines. ``log``: always on a logarithmic scale, because the values differ by factors.
@@ -128,14 +129,14 @@ class Chart {
       },
       axes: [
         axis({ label: AXES[settings.axis] + unit, labelSize: 18, size: 34, values: (plot, places) => places.map(short) }),
-        axis({ size: 54, values: (plot, places) => places.map(short) }),
+        axis({ size: 62, values: (plot, places) => places.map(short) }),
       ],
       cursor: { drag: { x: true, y: false }, points: { size: 7 }, y: false },
       series: [
         { label: AXES[settings.axis] + unit, value: (plot, value) => (value == null ? "–" : figure(value)) },
         ...this.lines.map((line) => ({
           label: line.name, stroke: line.faint ? faint(line.colour) : line.colour, width: line.width, dash: line.dash,
-          points: { show: line.y.filter((y) => y != null).length === 1 && !line.shape }, class: line.faint ? "quiet" : "",
+          points: { show: line.y.filter((y) => y != null).length === 1 && !line.shape }, class: line.faint ? "quiet" : "line",
           value: (plot, value, series, index) => figure(index == null ? lastOf(line.y) : nearest(plot, series, index)),
         })),
       ],
@@ -144,10 +145,10 @@ class Chart {
     this.plot = new uPlot(options, data, this.place);
   }
 
-  /** Room on the right for names beside the ends of lines. */
+  /** Room on the right for names beside the ends of lines, where there is more than one. */
   room() {
-    const longest = Math.max(...this.lines.filter((line) => !line.faint).map((line) => shown(line.label).length));
-    return Math.min(96, 14 + 6.6 * longest);
+    const names = new Set(this.lines.filter((line) => !line.faint).map((line) => shown(line.label)));
+    return names.size < 2 ? SIDE : Math.min(100, 14 + 6.8 * Math.max(...[...names].map((name) => name.length)));
   }
 
   legend(plot) {
@@ -170,6 +171,7 @@ class Chart {
     context.save();
     context.font = `${11 * ratio}px system-ui, sans-serif`;
     context.textBaseline = "middle";
+    context.textAlign = "left";
     const ends = [];
     this.lines.forEach((line, index) => {
       if (!plot.series[index + 1].show || line.faint) return;
@@ -188,12 +190,15 @@ class Chart {
     for (const end of ends.sort((one, other) => (other.line.width - one.line.width))) {
       if (!named.some((other) => other.line.label === end.line.label)) named.push(end);
     }
-    let lowest = -Infinity;
-    for (const end of named.sort((one, other) => one.y - other.y)) {
-      const y = Math.max(end.y, lowest + 12 * ratio);
-      lowest = y;
+    const row = 12 * ratio;
+    named.sort((one, other) => one.y - other.y);
+    named.forEach((end, index) => { if (index) end.y = Math.max(end.y, named[index - 1].y + row); });
+    let floor = box.top + box.height;
+    for (const end of this.room() > SIDE ? named.reverse() : []) {
+      end.y = Math.min(end.y, floor);
+      floor = end.y - row;
       context.fillStyle = end.line.colour;
-      context.fillText(shown(end.line.label), box.left + box.width + 6 * ratio, y);
+      context.fillText(shown(end.line.label), box.left + box.width + 6 * ratio, end.y);
     }
     if (this.chart.events) this.ticks(plot, context, box, ratio);
     context.restore();

@@ -94,6 +94,7 @@ class Metrics:
         self.health: list[tuple[int, dict[str, Any]]] = []
         self.spikes: list[tuple[int, dict[str, Any]]] = []
         self.skipped: list[int] = []
+        self.skipped_so_far = 0
         self._health_stride, self._health_seen = 1, 0
 
     def read(self) -> None:
@@ -122,9 +123,11 @@ class Metrics:
             columns[name].append(before[name] if math.isnan(place) else place)
         for name in CURVES:
             columns[name].append(number(row.get(name)))
-        # A loss or gradient that is not finite is null in the file; a step that a spike was not learned from says it in words.
+        # A loss or gradient that is not finite is null in the file. Spikes that were not learned from are counted, too.
         if row["loss"] is None or row.get("grad_norm", 0) is None:
             self.skipped.append(step)
+        counted = number(row.get("skipped_steps"))
+        self.skipped_so_far = len(self.skipped) if math.isnan(counted) else int(counted)
         if isinstance(row.get("spike"), dict):
             self.spikes.append((step, row["spike"]))
         if isinstance(row.get("health"), dict):

@@ -62,7 +62,7 @@ function drawFindings(runs) {
         ? element("ul", {}, failed.map((check) => element("li", {},
           element("strong", { class: "bad" }, `✗ ${check.name.replaceAll("_", " ")}: `), `${check.measured}; expected ${check.expected}. `, check.advice || "")))
         : element("p", { class: "good" }, "✓ All that was checked passed."),
-      others.length ? folded(`checks-${run.path}`, `${others.length} other checks`, () => table(["check", "verdict", "measured", "expected"],
+      others.length ? folded(`checks-${run.path}`, `${others.length} check${others.length > 1 ? "s" : ""} that did not fail`, () => table(["check", "verdict", "measured", "expected"],
         others.map((check) => [check.name.replaceAll("_", " "), check.passed ? "passed" : "not measured", check.measured, check.expected]), "Checks")) : null);
   });
   section("findings", parts);
