@@ -140,7 +140,9 @@ def compile_reason(capability: Capability) -> str:
     """Why ``torch.compile`` cannot work on a GPU; nothing where it can."""
     if capability >= TRITON_FROM:
         return ""
-    return f"Triton, which torch.compile needs, begins at compute capability {_dotted(TRITON_FROM)}; here it is {_dotted(capability)}"
+    return (
+        f"torch.compile needs Triton, which begins at compute capability {_dotted(TRITON_FROM)}; this is {_dotted(capability)}"
+    )
 
 
 def parse_smi(text: str) -> list[Gpu]:
