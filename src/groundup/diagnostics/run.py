@@ -125,12 +125,15 @@ def divergence_check(rows: Rows, facts: RunFacts) -> Check:
     rise, gained = float(smooth[-1] - smooth[best]), float(smooth.max() - smooth[best])
     # The standard error of a median is 1.25 σ / √n; two are compared, and the lower was chosen among many.
     bound = max(RISE_SHARE * gained, 5 * 1.25 * _noise(losses) * math.sqrt(2 / width))
-    where = f"step {int(steps[best + width - 1]):,}"
     if smooth[-1] > 1.1 * math.log(facts.vocab_size) and best < len(smooth) - 1:
         bound = min(bound, 0.0)
-    measured = f"loss {smooth[best]:.3f} up to {where}, {smooth[-1]:.3f} now (medians of {width} logged steps)"
     passed = rise <= bound
-    details = {"best_step": int(steps[best + width - 1]), "rise": rise, "bound": bound}
+    # The lowest of a noisy, flat stretch may be anywhere in it: the rise begins where it was last about as low.
+    low = int(np.flatnonzero(smooth <= smooth[best] + bound / 2)[-1]) if bound else best
+    onset = int(steps[low + width - 1])
+    measured = f"loss {smooth[best]:.3f} at the lowest, {smooth[-1]:.3f} now (medians of {width} logged steps)"
+    measured += "" if passed else f"; it rises from step {onset:,} on"
+    details = {"onset_step": onset, "rise": rise, "bound": bound}
     return _check(
         "run_divergence", passed, measured, expected, "" if passed else _CALMER, "" if passed else "diverged", details
     )
