@@ -11,6 +11,7 @@ from typing import Any
 
 from groundup.checkpoint.commit import checkpoints
 from groundup.reporting.rows import Metrics, Tail, number
+from groundup.reporting.thin import rounded
 
 CONFIG, SAMPLES, LEFT_OUT, STARTS, LOCK = "config.toml", "samples.jsonl", "left_out.jsonl", "starts.jsonl", ".lock"
 TRAINER_STATE, DATASET = "trainer_state.json", "dataset.json"
@@ -47,7 +48,10 @@ def _plain(value: Any) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a file; an empty one where it cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        content = path.read_text(encoding="utf-8", errors="replace")
+        found = json.loads(
+            content, parse_constant=lambda name: None, parse_float=lambda digits: rounded([float(digits)], 15)[0]
+        )
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -59,8 +63,11 @@ def data_summary(run: Path, config: dict[str, Any]) -> dict[str, Any]:
 
     A dataset is in the run, or is the one source, as seen from here or from where the run is.
     """
-    sources = config.get("sources") or []
-    named = [Path(sources[0]), run.parent / sources[0]] if len(sources) == 1 and isinstance(sources[0], str) else []
+    match config.get("sources"):
+        case [str(source)]:
+            named = [Path(source), run.parent / source]
+        case _:
+            named = []
     for folder in (run / "dataset", *named):
         manifest = read_json(folder / DATASET)
         splits = manifest.get("splits")
@@ -97,8 +104,8 @@ def read_machine(run: Path) -> dict[str, Any]:
     versions = last.get("versions") or state.get("versions")
     return {
         "machine": str(last.get("machine") or ""),
-        "versions": versions if isinstance(versions, dict) else {},
-        "starts": [{"step": row.get("step"), "time": str(row.get("time") or "")} for row in starts],
+        "versions": {key: str(value) for key, value in versions.items()} if isinstance(versions, dict) else {},
+        "starts": [{"step": _step(row.get("step")), "time": str(row.get("time") or "")} for row in starts],
         "checkpoints": [path.name for path in saved],
         "planned_steps": state.get("max_steps") if type(state.get("max_steps")) is int else None,
     }
@@ -150,7 +157,11 @@ def unusual(run: Path, metrics: Metrics, starts: Sequence[dict[str, Any]]) -> li
 
 
 def _event(kind: str, step: Any, text: str) -> dict[str, Any]:
-    return {"kind": kind, "step": step if type(step) is int else 0, "text": text}
+    return {"kind": kind, "step": _step(step), "text": text}
+
+
+def _step(value: Any) -> int:
+    return value if type(value) is int else 0
 
 
 def _spike(run: Path, step: int, spike: dict[str, Any]) -> str:

@@ -67,13 +67,14 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 def number(value: Any) -> float:
     """A value of a row as a number; NaN where it is none, or not finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if type(value) is float:
+        return value if math.isfinite(value) else NAN
+    if type(value) is not int:
         return NAN
     try:
-        found = float(value)
+        return float(value)
     except OverflowError:
         return NAN
-    return found if math.isfinite(found) else NAN
 
 
 class Metrics:
@@ -106,21 +107,24 @@ class Metrics:
             step = row.get("step")
             if type(step) is not int or not 0 <= step < LARGEST_STEP:
                 continue
-            if any(key.startswith("eval_") for key in row):
-                self._evaluation(step, row)
-            elif "loss" in row:
+            if "loss" in row:
                 self._step(step, row)
+            elif any(key.startswith("eval_") for key in row):
+                self._evaluation(step, row)
 
     def _step(self, step: int, row: dict[str, Any]) -> None:
         self._go_back_before(step)
         columns = self.steps
-        before = {name: columns[name][-1] if columns[name] else 0.0 for name in PLACES}
-        tokens = number(row.get("num_input_tokens_seen"))
-        speed = number(row.get("tokens_per_second"))
-        passed = (tokens - before["tokens"]) / speed if speed > 0 and tokens > before["tokens"] else 0.0
-        places = {"step": step, "epoch": number(row.get("epoch")), "tokens": tokens, "seconds": before["seconds"] + passed}
-        for name, place in places.items():
-            columns[name].append(before[name] if math.isnan(place) else place)
+        _, epoch, tokens, seconds = (columns[name][-1] if columns[name] else 0.0 for name in PLACES)
+        read, speed = number(row.get("num_input_tokens_seen")), number(row.get("tokens_per_second"))
+        if speed > 0 and read > tokens:
+            seconds += (read - tokens) / speed
+        passed = number(row.get("epoch"))
+        # Where a row does not say its place, it has that of the row before.
+        columns["step"].append(step)
+        columns["epoch"].append(epoch if math.isnan(passed) else passed)
+        columns["tokens"].append(tokens if math.isnan(read) else read)
+        columns["seconds"].append(seconds)
         for name in CURVES:
             columns[name].append(number(row.get(name)))
         # A loss or gradient that is not finite is null in the file. Spikes that were not learned from are counted, too.

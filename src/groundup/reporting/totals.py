@@ -55,7 +55,7 @@ def totals_of(
         "overfitting": overfitting([(row["step"], row["eval_loss"]) for row in evaluations], steps["step"], smooth),
         "still_falling": still_falling([(row["step"], row["eval_loss"]) for row in evaluations]),
         "climbed": climbed(steps["step"], smooth, losses, [row["eval_loss"] for row in evaluations]),
-        "ends_skipped": bool(metrics.skipped) and metrics.skipped[-1] == steps["step"][-1],
+        "ends_skipped": bool(metrics.skipped and metrics.skipped[-1] == steps["step"][-1]),
         "skipped": metrics.skipped_so_far,
         "spikes": len(metrics.spikes),
         "rollbacks": kinds.count("rollback"),

@@ -29,7 +29,9 @@ def ended_badly(run: Mapping[str, Any]) -> bool:
 
 def _begun(run: Mapping[str, Any]) -> list[Line]:
     going = run["state"]["running"]
-    head = "has just begun: no step is logged yet." if going else "holds no logged step: it ended before the first, or was moved."
+    head = (
+        "has just begun: no step is logged yet." if going else "holds no logged step: it ended before the first, or was moved."
+    )
     advice = "Look again in a minute." if going else "Start it again: the same command goes on where it stopped."
     return [_line(PLAIN, f"This run {head}"), _line(PLAIN, advice)]
 
@@ -43,12 +45,16 @@ def _headline(run: Mapping[str, Any]) -> Line:
         return _line(BAD, f"Diverged at step {step:,}: its last steps had no finite loss or gradient.")
     if climbed:
         return _line(
-            BAD, f"Went wrong after step {climbed['step']:,}: training loss climbed from {climbed['loss']:.3f} to {climbed['end']:.3f}."
+            BAD,
+            f"Went wrong after step {climbed['step']:,}: training loss climbed from {climbed['loss']:.3f} to {climbed['end']:.3f}.",
         )
     how = f"loss {loss}" if loss else "no loss yet"
     if totals["overfitting"]:
         found = totals["overfitting"]
-        return _line(WARNING, f"Learned, then overfitted: best at step {found['step']:,} of {step:,}, validation loss {found['loss']:.3f}.")
+        return _line(
+            WARNING,
+            f"Learned, then overfitted: best at step {found['step']:,} of {step:,}, validation loss {found['loss']:.3f}.",
+        )
     if state["running"]:
         return _line(PLAIN, f"Going on: {of}, {how}.")
     if planned and step < planned:
@@ -68,7 +74,9 @@ def _losses(run: Mapping[str, Any]) -> list[Line]:
     first, loss, best = totals["first_loss"], totals["loss"], totals["best_evaluation"]
     if first is not None and loss is not None:
         vocabulary = run["data"].get("vocab_size")
-        guess = f" (guessing evenly would be {math.log(vocabulary):.2f})" if isinstance(vocabulary, int) and vocabulary > 1 else ""
+        guess = (
+            f" (guessing evenly would be {math.log(vocabulary):.2f})" if isinstance(vocabulary, int) and vocabulary > 1 else ""
+        )
         lines.append(_line(PLAIN, f"Training loss went from {first:.3f} to {loss:.3f} nats per token{guess}."))
     if best:
         more = [f"perplexity {best['perplexity']:,.4g}"] if best["perplexity"] is not None else []
@@ -77,7 +85,11 @@ def _losses(run: Mapping[str, Any]) -> list[Line]:
         rest = f": {', '.join(more)}" if more else ""
         lines.append(_line(PLAIN, f"Best validation loss {best['loss']:.3f}, at step {best['step']:,}{rest}."))
     elif run["rows"]:
-        lines.append(_line(WARNING, "Nothing was evaluated: without validation, nobody sees what was learned by heart. Set --eval-steps."))
+        lines.append(
+            _line(
+                WARNING, "Nothing was evaluated: without validation, nobody sees what was learned by heart. Set --eval-steps."
+            )
+        )
     return lines
 
 
@@ -145,7 +157,9 @@ def _next(run: Mapping[str, Any]) -> list[Line]:
     if totals["still_falling"]:
         return [_line(PLAIN, "Next: train longer; raise --max-steps and give the same command again.")]
     if totals["still_falling"] is False:
-        return [_line(PLAIN, "Next: longer training will bring little; try a larger model, more text or another learning rate.")]
+        return [
+            _line(PLAIN, "Next: longer training will bring little; try a larger model, more text or another learning rate.")
+        ]
     return []
 
 
