@@ -23,31 +23,31 @@ if TYPE_CHECKING:
 
     from groundup.recipes.training import Training
 
-TEXT_BYTES = {"train": 1_200_000, "little": 20_000, "validation": 150_000}
+TEXT_BYTES = {"train": 1_200_000, "little": 6_000, "validation": 150_000}
 """How much of each text is used: most of it, a little of it to be read again and again, and what no run has read."""
 LARGEST_DOCUMENT = 60_000
 """Characters; a larger file would be a text by itself."""
 
-# Float32 and the processor, so that anybody can repeat it; a model that trains a step in 20 ms.
+# Float32 and the processor, so that anybody can repeat it; a model that trains a step in 10 ms.
 BASE: dict[str, Any] = {
     "n_layer": 2,
     "n_head": 4,
     "n_embd": 64,
     "n_positions": 64,
-    "total_batch_tokens": 1024,
-    "per_device_train_batch_size": 16,
+    "total_batch_tokens": 512,
+    "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 64,
     "learning_rate": 3e-3,
     "max_steps": 200,
     "bf16": False,
     "device": "cpu",
-    "max_eval_tokens": 16384,
+    "max_eval_tokens": 8192,
     "spike_threshold": 0,
     "eval_steps": 0,
     "save_steps": 0,
     "sample_tokens": 0,
 }
-EVALUATIONS = 8
+EVALUATIONS = 6
 """Of a run, besides that before its first step."""
 POINTS = 40
 """Of a curve of the training loss: each is a mean over the steps since the one before."""
@@ -60,8 +60,6 @@ class Bench:
     folder: Path
     digest: str
     """Of the texts."""
-    overrides: Options = field(default_factory=dict)
-    """Options that win over an experiment's: tests make everything smaller."""
     kept: dict[int, Any] = field(default_factory=dict)
     """What an experiment makes once for all settings of a seed."""
 
@@ -70,7 +68,7 @@ class Bench:
         """A run that is set up, for a loop of one's own; nothing is printed, and its folder goes when the block ends."""
         from groundup.recipes.training import open_training
 
-        values = {**BASE, **options, "seed": seed, **self.overrides}
+        values = {**BASE, **options, "seed": seed}
         settings = resolve(TRAIN_GROUPS, {name: Given(value, f"argument {name}") for name, value in values.items()})
         with (
             TemporaryDirectory(dir=self.folder) as run,
@@ -162,7 +160,7 @@ def _evaluated(training: "Training") -> tuple[float, float]:
 
 
 @contextmanager
-def opened_bench(overrides: Options | None = None) -> Iterator[Bench]:
+def opened_bench() -> Iterator[Bench]:
     """
     Prepare the texts; they and all runs are gone when the block ends.
 
@@ -174,7 +172,7 @@ def opened_bench(overrides: Options | None = None) -> Iterator[Bench]:
         texts = read_texts()
         _prepare(folder, texts)
         digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
-        yield Bench(folder, digest, overrides or {})
+        yield Bench(folder, digest)
 
 
 def read_texts() -> dict[str, list[str]]:

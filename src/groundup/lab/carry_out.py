@@ -35,7 +35,7 @@ def carry_out(experiment: Experiment, folder: Path, seeds: int, say: Say, overri
 
     Args:
         seeds: how many runs each setting has, with the seeds 0, 1, ….
-        overrides: options that win over the experiment's.
+        overrides: options that win over the experiment's, where it has them: tests make everything smaller.
 
     Returns:
         What ``lab --json`` prints: lab, claim, verdict, text, seeds, runs (setting, seed, digest, measured), picture, page,
@@ -72,8 +72,9 @@ def carry_out(experiment: Experiment, folder: Path, seeds: int, say: Say, overri
 def do_runs(experiment: Experiment, path: Path, seeds: int, say: Say, overrides: Options) -> list[Run]:
     """All runs: those that a file holds already, and the others, which it holds afterwards."""
     kept = read_runs(path, experiment.name)
-    with opened_bench(overrides) as bench:
-        digests = {setting: digest_of(experiment, setting, bench) for setting in experiment.settings}
+    options = {setting: options_of(experiment, setting, overrides) for setting in experiment.settings}
+    with opened_bench() as bench:
+        digests = {setting: digest_of(experiment, setting, options[setting], bench) for setting in options}
         runs = [run for run in kept if digests.get(run.setting) == run.digest]
         if len(runs) < len(kept):
             say(f"{path}: {len(kept) - len(runs)} runs of other settings, texts or another torch are measured again")
@@ -85,7 +86,7 @@ def do_runs(experiment: Experiment, path: Path, seeds: int, say: Say, overrides:
         for number, (setting, seed) in enumerate(wanted, start=1):
             if (setting, seed) in done:
                 continue
-            measured = (experiment.measure or train)(bench, {**experiment.base, **experiment.settings[setting]}, seed)
+            measured = (experiment.measure or train)(bench, options[setting], seed)
             runs.append(Run(setting, seed, digests[setting], measured))
             replace_durably(path, as_json(experiment, runs))
             say(f"run {number}/{len(wanted)}: {setting}, seed {seed}" + summary(measured))
@@ -124,14 +125,19 @@ def page(experiment: Experiment, text: str, picture: str) -> str:
     )
 
 
-def digest_of(experiment: Experiment, setting: str, bench: Bench) -> str:
+def options_of(experiment: Experiment, setting: str, overrides: Options) -> Options:
+    """All options of a setting."""
+    options = {**BASE, **experiment.base, **experiment.settings[setting]}
+    return {**options, **{name: value for name, value in overrides.items() if name in options}}
+
+
+def digest_of(experiment: Experiment, setting: str, options: Options, bench: Bench) -> str:
     """A hash of what the numbers of a setting depend on."""
     import torch
 
     from groundup import __version__
 
-    options = {**BASE, **experiment.base, **experiment.settings[setting], **bench.overrides}
-    depends = [FORMAT, experiment.name, options, bench.digest, __version__, torch.__version__]
+    depends = [FORMAT, experiment.name, setting, options, bench.digest, __version__, torch.__version__]
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -8,7 +8,7 @@ from groundup.lab.pictures import EVEN_GUESS, guess_line, lines
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TOKENS = 2**18
+TOKENS = 2**17
 BATCHES = (256, 1024, 4096, 16384)
 RULES = ("one rate", "rate · √batch")
 REFERENCE = 1024
@@ -69,7 +69,7 @@ EXPERIMENT = Experiment(
     claim="At equal tokens a larger batch makes fewer steps and ends worse; a higher rate gives some of it back.",
     formula="The noise of a gradient falls with 1/√B, the number of steps with 1/B; a rate η ∝ √B keeps the noise of Adam's "
     "walk the same.",
-    set_up="2 layers, 64 wide, 262,144 bytes of training in every run, 5% of the steps warmup.",
+    set_up="2 layers, 64 wide, 131,072 bytes of training in every run, 5% of the steps warmup.",
     settings={
         name(rule, batch): {"total_batch_tokens": batch, "max_steps": TOKENS // batch, "learning_rate": rate(rule, batch)}
         for batch in BATCHES

@@ -95,7 +95,7 @@ EXPERIMENT = Experiment(
     claim="Clipping the gradient's norm keeps one wild gradient from undoing the run.",
     formula="g ← g · min(1, c / ‖g‖), over all weights together: the direction stays, the length is at most c. Pascanu et al. "
     "2013.",
-    set_up="2 layers, 64 wide, 200 steps of 1,024 bytes; in the middle of the run one step's gradient is made 1,000 times "
+    set_up="2 layers, 64 wide, 200 steps of 512 bytes; in the middle of the run one step's gradient is made 1,000 times "
     "larger where it leaves the head. What is above the picture is drawn at its upper edge.",
     settings={
         name(optimizer, clip): {**options, "max_grad_norm": norm}

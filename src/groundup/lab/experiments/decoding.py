@@ -187,12 +187,12 @@ EXPERIMENT = Experiment(
     claim="The likelier the text that decoding looks for, the more it repeats itself; sampling is varied, and costs more.",
     formula="Draw from softmax(z / t), of the k likeliest (top-k) or of the fewest that hold a share p (top-p); beams look for "
     "the text with the highest Σ log p. Holtzman et al. 2020.",
-    set_up="2 layers, 96 wide, context 128, 500 steps of 2,048 bytes, one model a seed; 8 continuations of 96 bytes after 32 "
+    set_up="2 layers, 64 wide, context 128, 500 steps of 1,024 bytes, one model a seed; 8 continuations of 96 bytes after 32 "
     "bytes of validation text each. Cost is the model's own loss on what was written.",
     settings=DECODERS,
     base={
-        "n_embd": 96, "n_positions": 128, "max_steps": 500, "total_batch_tokens": 2048, "prompts": 8, "prompt_tokens": 32,
-        "new_tokens": 96,
+        "n_positions": 128, "max_steps": 500, "total_batch_tokens": 1024, "learning_rate": 5e-3, "prompts": 8,
+        "prompt_tokens": 32, "new_tokens": 96,
     },
     measure=measure,
     says=says,

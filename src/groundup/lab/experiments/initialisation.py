@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 from groundup.lab.experiment import Experiment, Part, Results, Spread, against, is_lower
-from groundup.lab.pictures import EVEN_GUESS, dots, curves, guess_line
+from groundup.lab.pictures import EVEN_GUESS, curves, dots, guess_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ EXPERIMENT = Experiment(
     "do not learn.",
     formula="A model that knows nothing should guess evenly: loss ln V. Matrices are drawn with a standard deviation of 0.02, "
     "those that end a residual branch with 0.02/√(2N) for N layers.",
-    set_up="4 layers, 64 wide, 150 steps of 1,024 bytes, peak rate 3e-3; tied embeddings.",
+    set_up="4 layers, 64 wide, 150 steps of 512 bytes, peak rate 3e-3; tied embeddings.",
     settings={
         GPT2: {"init": "gpt2"},
         **{name: {"init": name} for name in OTHERS},

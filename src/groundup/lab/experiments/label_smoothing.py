@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 WINDOWS = 256
 """Of validation text, in which confidence is measured."""
 SHARES = (0.0, 0.1, 0.3)
-TEXTS = {"little": "20 KB, read 15 times", "train": "1.2 MB, read once"}
+TEXTS = {"little": "6 KB, read 25 times", "train": "1.2 MB, read once"}
 
 
 def name(text: str, share: float) -> str:
@@ -86,7 +86,7 @@ EXPERIMENT = Experiment(
     claim="Label smoothing makes a model less sure of itself, and does more good where it would overfit.",
     formula="Target (1 − ε) · onehot + ε/V. The loss is least where the right byte has 1 − ε + ε/V, not 1. Szegedy et al. "
     "2016.",
-    set_up="2 layers, 64 wide, 300 steps of 1,024 bytes, on a little text again and again, and on much of it.",
+    set_up="2 layers, 64 wide, 300 steps of 512 bytes, on a little text again and again, and on much of it.",
     settings={name(text, share): {"label_smoothing_factor": share, "text": text} for text in TEXTS for share in SHARES},
     base={"max_steps": 300},
     measure=measure,

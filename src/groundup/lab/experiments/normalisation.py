@@ -41,9 +41,7 @@ def says(results: Results) -> list[Part]:
             "see later ones; in use they are fixed ones.",
             is_lower(ends["layer"], ends["batch"]),
         ),
-        Part(
-            f"RMS norm, which takes no mean off, ends at {ends['rms']} ({against(ends['rms'], ends['layer'])})."
-        ),
+        Part(f"RMS norm, which takes no mean off, ends at {ends['rms']} ({against(ends['rms'], ends['layer'])})."),
     ]
 
 
@@ -62,9 +60,9 @@ EXPERIMENT = Experiment(
     claim="Layer norm in each block trains better than none; batch norm, made for pictures, is worse for text.",
     formula="y = γ · (x − mean(x)) / √(var(x) + ε) + β, with mean and variance over the width of one position (layer), over "
     "all positions of a batch (batch), or without the mean (RMS).",
-    set_up="4 layers, 64 wide, 200 steps of 1,024 bytes, at two peak rates; the norm before each part of a block.",
+    set_up="4 layers, 64 wide, 150 steps of 512 bytes, at two peak rates; the norm before each part of a block.",
     settings={name(norm, rate): {"norm": norm, "learning_rate": rate} for rate in RATES for norm in NORMS},
-    base={"n_layer": 4},
+    base={"n_layer": 4, "max_steps": 150},
     says=says,
     draw=draw,
 )

@@ -46,7 +46,7 @@ EXPERIMENT = Experiment(
     claim="Products in 16 bits, with weights kept in 32, train as well as float32.",
     formula="bf16 keeps float32's 8 bits of exponent and 7 of 23 bits of fraction; fp16 keeps 10 and 5 bits of exponent, so "
     "the loss is multiplied by a scale that keeps small gradients above its least number, 6e-8. Micikevicius et al. 2018.",
-    set_up="2 layers, 64 wide, 150 steps of 1,024 bytes, on one thread of the processor, which may emulate 16 bits: the times "
+    set_up="2 layers, 64 wide, 150 steps of 512 bytes, on one thread of the processor, which may emulate 16 bits: the times "
     "are of this machine and this size, where a large model on a GPU gains.",
     settings={FLOAT32: {"bf16": False}, BF16: {"bf16": True}, FP16: {"bf16": False, "fp16": True}},
     base={"max_steps": 150},

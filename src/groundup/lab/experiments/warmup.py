@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RATES = (3e-3, 1e-2, 3e-2)
-WARMUPS = {"no warmup": 0, "warmup 40": 40}
+WARMUPS = {"no warmup": 0, "warmup 30": 30}
 
 
 def name(warmup: str, rate: float) -> str:
@@ -61,13 +61,13 @@ EXPERIMENT = Experiment(
     claim="Raising the learning rate slowly at the start lets a run bear a higher rate; at a low rate it matters little.",
     formula="η(s) = η · s / w in the first w steps. Adam divides by √v, which after few steps is a guess from few gradients, "
     "so the first updates are large in directions that mean little.",
-    set_up="4 layers, 64 wide, 200 steps of 1,024 bytes, then a cosine to a tenth; gradients are not clipped.",
+    set_up="4 layers, 64 wide, 150 steps of 512 bytes, then a cosine to a tenth; gradients are not clipped.",
     settings={
         name(warmup, rate): {"warmup_steps": steps, "learning_rate": rate}
         for rate in RATES
         for warmup, steps in WARMUPS.items()
     },
-    base={"n_layer": 4, "max_grad_norm": 0.0},
+    base={"n_layer": 4, "max_steps": 150, "max_grad_norm": 0.0},
     says=says,
     draw=draw,
 )
