@@ -116,6 +116,7 @@ function showNext(answer) {
     return chip;
   }));
   by("written").scrollTop = by("written").scrollHeight;
+  by("as-text").textContent = answer.text;
   const end = answer.ended ? " The text has ended here." : answer.full ? " That is as long as it gets here." : "";
   say("summary",
     `The model is unsure by ${answer.entropy_bits.toFixed(2)} bits, as among ${(2 ** answer.entropy_bits).toPrecision(3)} equal tokens; ` +
@@ -135,7 +136,7 @@ function showBars(answer) {
     setBar(tracks.children[0], token.probability / most);
     setBar(tracks.children[1], token.drawn / most);
     before.textContent = percent(token.probability);
-    after.textContent = percent(token.drawn);
+    after.textContent = token.drawn === 0 ? "out" : percent(token.drawn);
     button.classList.toggle("gone", token.drawn === 0);
     button.token = token;
     button.title = `token ${token.id}`;
@@ -144,7 +145,8 @@ function showBars(answer) {
   });
   const rest = answer.rest;
   by("rest").textContent = rest.tokens
-    ? `All ${count(rest.tokens)} others together: ${percent(rest.probability)}, of which ${count(rest.left)} are left with ${percent(rest.drawn)}.`
+    ? `All ${count(rest.tokens)} others together: ${percent(rest.probability)}; ` +
+      (rest.left ? `${count(rest.left)} of them are left, with ${percent(rest.drawn)}.` : "none of them is left.")
     : "These are all tokens.";
 }
 
