@@ -134,9 +134,10 @@ def verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.P
     return register
 
 
-def output_dir() -> click.Option:
-    """The option that says where the result goes."""
-    return _Option(["--output-dir"], required=True, metavar="FOLDER", help="Where the result goes.", section="Options")
+def output_dir(default: str | None = None) -> click.Option:
+    """The option that says where the result goes; it must be given where there is no default."""
+    shown = "Where the result goes." + (f"  [default: {default}]" if default else "")
+    return _Option(["--output-dir"], required=default is None, default=default, metavar="FOLDER", help=shown, section="Options")
 
 
 SOURCES = click.Argument(["sources"], nargs=-1, metavar="SOURCE…")

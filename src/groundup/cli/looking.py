@@ -1,13 +1,13 @@
-"""The verbs that look at a run: report, watch."""
+"""The verbs that look at a run, or at training itself: report, watch, lab."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from groundup.cli.command import verb
+from groundup.cli.command import output_dir, verb
 from groundup.config.load import Settings
-from groundup.config.options import REPORT_GROUPS, WATCH_GROUPS
+from groundup.config.options import LAB_GROUPS, REPORT_GROUPS, WATCH_GROUPS
 
 RUN = click.Argument(["run"], metavar="RUN")
 
@@ -42,3 +42,27 @@ def _report(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], st
     with progress() as shown:
         result = report([Path(run) for run in own["runs"]], settings, shown.say)
     return result, "\n".join([f"page: {result['page']}", *(f"picture: {path}" for path in result["pictures"])])
+
+
+@verb(
+    "lab",
+    "Put a claim about training to the test.\n\nSmall models, a minute or two: a picture, and a paragraph that says what was "
+    "measured. NAME list shows the claims. What was measured already is kept, so the same command goes on after Ctrl-C.",
+    LAB_GROUPS,
+    [click.Argument(["name"], metavar="NAME"), output_dir("lab")],
+)
+def _lab(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
+    from groundup.config.options import LabOptions
+    from groundup.lab.registry import EXPERIMENTS, experiment_named
+
+    if own["name"] == "list":
+        width = max(map(len, EXPERIMENTS))
+        claims = [{"name": experiment.name, "claim": experiment.claim} for experiment in EXPERIMENTS.values()]
+        return {"labs": claims}, "\n".join(f"{lab['name']:<{width}}  {lab['claim']}" for lab in claims)
+    experiment = experiment_named(own["name"])
+    from groundup.lab.carry_out import carry_out
+    from groundup.tracking.progress import progress
+
+    with progress() as shown:
+        result = carry_out(experiment, Path(own["output_dir"]), settings[LabOptions].seeds, shown.say)
+    return result, f"{result['text']}\npicture: {result['picture']}\npage: {result['page']}"

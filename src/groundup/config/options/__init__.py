@@ -12,6 +12,7 @@ from groundup.config.options.commands import (
     ExportOptions,
     GenerationOptions,
     ImportOptions,
+    LabOptions,
     ReportOptions,
     ScoreOptions,
     WatchOptions,
@@ -46,6 +47,7 @@ GENERATE_GROUPS = (GenerationOptions, WeightsOptions, MachineOptions)
 SCORE_GROUPS = (ScoreOptions, WeightsOptions, MachineOptions)
 IMPORT_GROUPS = (ImportOptions,)
 EXPORT_GROUPS = (ExportOptions, WeightsOptions)
+LAB_GROUPS = (LabOptions,)
 REPORT_GROUPS = (ReportOptions,)
 SCHEDULE_GROUPS = (ScheduleOptions, DrawingOptions)
 WATCH_GROUPS = (WatchOptions, WeightsOptions)
@@ -61,6 +63,7 @@ COMMANDS = {
     "schedule": SCHEDULE_GROUPS,
     "report": REPORT_GROUPS,
     "watch": WATCH_GROUPS,
+    "lab": LAB_GROUPS,
 }
 
 __all__ = [
@@ -69,6 +72,7 @@ __all__ = [
     "EXPORT_GROUPS",
     "GENERATE_GROUPS",
     "IMPORT_GROUPS",
+    "LAB_GROUPS",
     "PREPARE_GROUPS",
     "REPORT_GROUPS",
     "SCHEDULE_GROUPS",
@@ -84,6 +88,7 @@ __all__ = [
     "GenerationOptions",
     "ImportOptions",
     "InitialWeightsOptions",
+    "LabOptions",
     "MachineOptions",
     "ModelOptions",
     "OptimizerOptions",

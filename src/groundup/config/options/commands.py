@@ -196,5 +196,19 @@ class ReportOptions:
     """Report: where to."""
 
     output: str = option(
-        "", "The page, a .html; by default report.html in the run, or in the current folder where there are several.", why="ours"
+        "",
+        "The page, a .html; by default report.html in the run, or in the current folder where there are several.",
+        why="ours",
+    )
+
+
+@dataclass(frozen=True)
+class LabOptions:
+    """Lab: how often an experiment is repeated."""
+
+    seeds: int = option(
+        3,
+        "Runs of each setting, with other random weights and another order; fewer than 2 show no spread.",
+        at_least=1,
+        why="ours",
     )
