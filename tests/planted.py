@@ -44,7 +44,12 @@ def new_model(seed: int, init: str = "gpt2", parts: Parts | None = None, **shape
 
 
 def sound(
-    seed: int = 0, learning_rate: float = 1e-3, init: str = "gpt2", parts: Parts | None = None, real_vocab: int = 0, **shape: Any
+    seed: int = 0,
+    learning_rate: float = 1e-3,
+    init: str = "gpt2",
+    parts: Parts | None = None,
+    real_vocab: int = 0,
+    **shape: Any,
 ) -> Subject:
     """What groundup does: its model, its loss, its optimizer."""
     model = new_model(seed, init, parts, **shape)
@@ -186,7 +191,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "one layer": {"n_layer": 1, "n_embd": 64, "learning_rate": 3e-3},
     "eight layers": {"n_layer": 8, "learning_rate": 3e-3},
     "wide": {"n_embd": 256, "n_head": 8, "n_positions": 64, "learning_rate": 3e-4},
-    "padded vocabulary": {"vocab_size": 50304, "real_vocab": 50257, "n_embd": 64, "n_layer": 1},
+    "padded vocabulary": {"vocab_size": 50304, "real_vocab": 50257, "n_positions": 16, "n_layer": 1},
     "small init, dropout": {"init": "small", "resid_pdrop": 0.2, "attn_pdrop": 0.1, "embd_pdrop": 0.1, "vocab_size": 64},
     "xavier, exact gelu": {"init": "xavier_uniform", "activation_function": "gelu", "n_layer": 4, "n_embd": 48},
     "rms norm": {"norm": "rms", "n_layer": 3, "n_embd": 128, "learning_rate": 3e-3, "tie_word_embeddings": False},

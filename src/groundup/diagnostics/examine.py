@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from groundup.diagnostics import gradients, learning_rate, model, overfit, targets
+from groundup.diagnostics import depth, gradients, learning_rate, model, overfit, sight, targets
 from groundup.diagnostics.bench import Scores, copied, undisturbed
 from groundup.diagnostics.check import Check
 from groundup.diagnostics.fitting import Exercise, Stepper, Work, exercise
@@ -83,23 +83,23 @@ class Examination:
                 lambda: model.shape_checks(self.subject, self.scores),
                 lambda: targets.loss_checks(self.loss, self.subject),
                 lambda: [model.initial_loss(self.start)],
-                lambda: model.sight_checks(self.subject, self.run),
+                lambda: sight.sight_checks(self.subject, self.run),
                 lambda: [model.tied_weights(self.subject)],
                 lambda: [self._decay_groups()],
             ],
             "gradients": [
                 lambda: [gradients.reach_check(self.backward)],
                 lambda: [gradients.gradient_check(self.backward)],
-                lambda: [gradients.stuck_check(self.depth, self.backward)],
-                lambda: [gradients.depth_check(self.depth, self.known.initial or self.known.backward)],
+                lambda: [depth.stuck_check(self.across, self.backward)],
+                lambda: [depth.depth_check(self.across, self.known.initial or self.known.backward)],
             ],
             "learning": [
-                lambda: [learning_rate.range_check(self.practice.tried, self.subject.learning_rate, self.practice.best.progress > 0.5)],
+                lambda: [self._range()],
                 lambda: [overfit.overfit_check(self.practice)],
                 lambda: [self._rate()],
                 lambda: overfit.start_checks(self.subject, self.run, self.exercise, self.work, self.practice, self.known),
             ],
-        }  # fmt: skip
+        }
         return plans[group]
 
     @cached_property
@@ -129,14 +129,14 @@ class Examination:
         return gradients.look_at_backward(self.subject, self.run, self.next_tokens)
 
     @cached_property
-    def depth(self) -> gradients.Depth:
+    def across(self) -> depth.Depth:
         """Of the gradients of the weights as they are."""
-        return gradients.look_at_depth(self.subject, self.run, self.next_tokens)
+        return depth.look_at_depth(self.subject, self.run, self.next_tokens)
 
     @cached_property
     def known(self) -> overfit.Known:
         """What has been proved before anything is trained."""
-        stuck = gradients.stuck_check(self.depth, self.backward)
+        stuck = depth.stuck_check(self.across, self.backward)
         return overfit.Known(
             loss=targets.loss_culprit(self.loss, self.subject),
             backward=self.backward.culprit,
@@ -158,6 +158,10 @@ class Examination:
     def practice(self) -> overfit.Practice:
         """What was learned by heart."""
         return overfit.practise(self.subject, self.run, self.exercise, self.work, self.known)
+
+    def _range(self) -> Check:
+        found = self.practice
+        return learning_rate.range_check(found.tried, self.subject.learning_rate, found.best.progress >= learning_rate.HALF)
 
     def _rate(self) -> Check:
         found, rate = self.practice, self.subject.learning_rate

@@ -1,6 +1,5 @@
-"""Do the gradients exist, are they right, and do they arrive?"""
+"""Do the gradients exist, and are they right?"""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groundup.diagnostics.bench import Scores, blocks_of, copied, family, learner, plural, redraw, reference_loss
+from groundup.diagnostics.bench import Scores, blocks_of, copied, family, plural, redraw, reference_loss, some
 from groundup.diagnostics.check import Check
 from groundup.diagnostics.subject import Subject
 
@@ -18,8 +17,6 @@ WRONG = 1e-3
 """Relative error from which on a gradient is wrong; kinks, as ReLU has, may give 1e-4, and a forgotten path gives 0.1 to 1."""
 SHIFT_FLOAT32, WRONG_FLOAT32 = 1e-2, 0.2
 """The same for a model that runs in float32 only: its rounding drowns all but gross errors."""
-STEEP = 1e3
-"""Ratio of gradient sizes across the depth: more than Adam's division by its own mean can even out in bfloat16's 8 bits."""
 TOKENS = 16
 """Tokens of the gradient check: two windows of eight."""
 
@@ -175,7 +172,8 @@ def _cut_blocks(model: nn.Module, scores: Scores, inputs: Tensor, shift: float, 
         def seen(at: Tensor, block: Any = block, rest: Any = args[1:], kwargs: Any = kwargs, v: Tensor = v) -> Tensor:
             output = block(at, *rest, **kwargs)
             output = output[0] if isinstance(output, tuple | list) else output
-            return (output * v).sum()
+            product: Tensor = (output * v).sum()
+            return product
 
         value = seen(x)
         (slope,) = torch.autograd.grad(value, x, allow_unused=True) if value.requires_grad else (None,)
@@ -189,25 +187,23 @@ def _cut_blocks(model: nn.Module, scores: Scores, inputs: Tensor, shift: float, 
 
 def reach_check(found: Backward) -> Check:
     """Every parameter gets a gradient."""
-    name, group, expected = (
-        "gradients_reach",
-        "gradients",
-        "every parameter is trained, has a part in the loss, and gets a gradient",
-    )
+    name, group = "gradients_reach", "gradients"
+    expected = "every parameter is trained, has a part in the loss, and gets a gradient"
     if found.cut_off:
         return Check(
-            name, group, False, f"{plural(len(found.cut_off), 'parameter')} that the loss depends on get none: {_some(found.cut_off)}",
+            name, group, False,
+            f"{plural(len(found.cut_off), 'parameter')} that the loss depends on get none: {some(found.cut_off)}",
             expected, _where(found), "residual_detached",
         )  # fmt: skip
     if found.frozen:
         return Check(
-            name, group, False, f"{plural(len(found.frozen), 'parameter')} with requires_grad False: {_some(found.frozen)}",
+            name, group, False, f"{plural(len(found.frozen), 'parameter')} with requires_grad False: {some(found.frozen)}",
             expected, "let them be trained, or say that it is meant so: frozen=(the beginnings of their names)",
             "parameters_frozen",
         )  # fmt: skip
     if found.unused:
         return Check(
-            name, group, False, f"the loss does not depend on {_some(found.unused)}", expected,
+            name, group, False, f"the loss does not depend on {some(found.unused)}", expected,
             "the forward pass leaves them out, or a mask does: use them, or take them away", "parameters_unused",
         )  # fmt: skip
     return Check(name, group, True, "all get one", expected)
@@ -239,125 +235,9 @@ def gradient_check(found: Backward) -> Check:
 
 def _where(found: Backward) -> str:
     if found.cut_blocks:
-        return f"the gradient is cut inside {_some(found.cut_blocks)}: look for .detach(), .data, torch.no_grad or a new tensor"
+        return f"the gradient is cut inside {some(found.cut_blocks)}: look for .detach(), .data, torch.no_grad or a new tensor"
     if found.culprit == "residual_detached":
         return (
             "the gradient is cut between modules: look for .detach(), .data, torch.no_grad or a new tensor in the forward pass"
         )
-    return f"the backward pass of {_some(found.wrong)} is wrong: a function of your own, or .detach() of the weight?"
-
-
-@dataclass(frozen=True)
-class Depth:
-    """Root mean square of the loss's gradient by each block's output, the first block first; and by all parameters."""
-
-    names: list[str]
-    sizes: list[float]
-    total: float
-    stuck: list[str]
-    """Matrices that get no gradient at all in the first steps, though the loss depends on them."""
-    stuck_at_zero: bool
-    """All of them are 0."""
-
-
-def look_at_depth(subject: Subject, scores: Scores, targets: Tensor) -> Depth:
-    """
-    Gradients of the weights as they are, and of the first steps.
-
-    Args:
-        targets: (B, T) the tokens that come next.
-    """
-    model = learner(subject.model).requires_grad_()
-    names, outputs, hooks = [], [], []
-    for name, block in blocks_of(model):
-
-        def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            tensor = output[0] if isinstance(output, tuple | list) else output
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.retain_grad()
-                names.append(name)
-                outputs.append(tensor)
-
-        hooks.append(block.register_forward_hook(keep))
-    loss = reference_loss(scores(model, subject.inputs), targets, subject.vocab_size)
-    for hook in hooks:
-        hook.remove()
-    if loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]
-    sizes = [0.0 if t.grad is None else float(t.grad.double().square().mean().sqrt()) for t in outputs]
-    total = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None))
-    stuck = _stuck(model, subject, scores, targets)
-    return Depth(
-        names, sizes, total, stuck, bool(stuck) and not any(bool(dict(model.named_parameters())[n].any()) for n in stuck)
-    )
-
-
-def _stuck(model: nn.Module, subject: Subject, scores: Scores, targets: Tensor) -> list[str]:
-    """
-    Matrices whose gradient is exactly 0 in each of three steps.
-
-    One step is not enough: where a branch ends in a projection that starts at 0 (Zhang et al. 2019, Fixup), what is before
-    it gets a gradient from the second step on.
-    """
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() >= 2}
-    waiting = {name for name, p in matrices.items() if p.grad is None or not bool(p.grad.any())}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    rows = slice(0, 1)
-    for _ in range(3):
-        if not waiting:
-            break
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = reference_loss(scores(model, subject.inputs[rows]), targets[rows], subject.vocab_size)
-        if not loss.requires_grad:
-            break
-        loss.backward()  # type: ignore[no-untyped-call]
-        waiting -= {name for name in waiting if matrices[name].grad is not None and bool(matrices[name].grad.any())}  # type: ignore[union-attr]
-    return sorted(waiting)
-
-
-def depth_check(found: Depth, blame: str) -> Check:
-    """Gradients are about as large at the first block as at the last."""
-    name, group, expected = "gradient_depth", "gradients", f"sizes at the first and the last block within a factor of {STEEP:g}"
-    details = {"gradient_rms": dict(zip(found.names, found.sizes, strict=True)), "gradient_norm": found.total}
-    if len(found.sizes) < 2 or not math.isfinite(found.total) or not found.sizes[-1]:
-        measured = f"gradient norm {found.total:.3g}, {plural(len(found.sizes), 'block')} with a gradient"
-        return Check(name, group, None, measured, expected, details=details)
-    ratio = found.sizes[0] / found.sizes[-1]
-    factor = (ratio or 1e-300) ** (1 / (len(found.sizes) - 1))
-    measured = (f"first block {found.sizes[0]:.2e}, last {found.sizes[-1]:.2e}: times {ratio:.3g}, "
-                f"{factor:.3g} per block going back; gradient norm {found.total:.3g}")  # fmt: skip
-    if 1 / STEEP <= ratio <= STEEP:
-        return Check(name, group, True, measured, expected, details=details)
-    if ratio > STEEP:
-        culprit, advice = "gradients_explode", "smaller initial weights, norms before each part (pre-norm), clipping"
-    else:
-        culprit, advice = (
-            "gradients_vanish",
-            "residual connections that nothing interrupts, pre-norm instead of post-norm, warmup",
-        )
-    return Check(name, group, False, measured, expected, advice, blame or culprit, details)
-
-
-def stuck_check(found: Depth, backward: Backward) -> Check:
-    """Every matrix starts to move."""
-    name, group, expected = "initial_values", "gradients", "every matrix gets a gradient within three steps"
-    # What gets no gradient whatever its weights is not the fault of the weights.
-    stuck = [n for n in found.stuck if n not in backward.unused and n not in backward.cut_off]
-    if not stuck:
-        return Check(name, group, True, f"all do; gradient norm {found.total:.3g} at the first step", expected)
-    measured = f"{len(stuck)} of the matrices get none: {_some(stuck)}"
-    if found.stuck_at_zero:
-        return Check(
-            name, group, False, f"{measured}; all of them are 0", expected,
-            "initial weights 0: what is multiplied by 0 neither passes anything on nor learns; draw them, as GPT-2 with 0.02",
-            "initial_weights_zero",
-        )  # fmt: skip
-    return Check(
-        name, group, False, measured, expected, "units that never fire, or a softmax that is saturated: smaller initial weights",
-        "units_dead",
-    )  # fmt: skip
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"the backward pass of {some(found.wrong)} is wrong: a function of your own, or .detach() of the weight?"

@@ -11,7 +11,10 @@ from groundup.diagnostics.subject import Loss, Subject
 LOWEST, HIGHEST = 1e-6, 10.0
 """Ends of the range test: Adam below moves nothing in a run of usual length, and SGD above is unheard of."""
 HARDLY = 0.1
-"""Share of what there is to learn; a rate that learns less of one mini-batch by heart, where another learns 0.9, is too small."""
+"""
+Share of what there is to learn. A rate that learns less of one mini-batch by heart, where another learns 0.9 in as many steps,
+is too small: for all of it a run would take ten times the steps at least, and it is about more than one mini-batch.
+"""
 LEARNED = 0.9
 """Share that counts as learned by heart: the loss is then a tenth of what it was."""
 HALF = 0.5

@@ -1,4 +1,4 @@
-"""Is the model one: shapes, what each position sees, the loss of guessing, tied weights, groups of the optimizer."""
+"""Is the model one: shapes, the loss of guessing, tied weights, the groups of the optimizer."""
 
 import math
 from collections.abc import Sequence
@@ -8,16 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groundup.diagnostics.bench import IGNORED, Scores, copied, plural, redraw, reference_loss
+from groundup.diagnostics.bench import IGNORED, plural, reference_loss, some
 from groundup.diagnostics.check import Check
 from groundup.diagnostics.subject import Subject
+from groundup.model.gpt2 import GPT2
 
-LOOKED_AT = 16
-"""Positions whose influence on each other is measured; each is one window of a pass."""
-SEEN = 1e-9
-"""Relative change of a score from which on it counts as moved, in float64, whose rounding is 1e-16 an operation."""
-SEEN_FLOAT32 = 1e-4
-"""The same for a model that runs in float32 only."""
 EVEN = 1.0
 """
 Nats above ln V that a new model may have. Scores of standard deviation σ that know nothing cost σ²/2 more than equal ones:
@@ -84,7 +79,7 @@ def shape_checks(subject: Subject, scores: Tensor) -> list[Check]:
     if 0 in where and len(where) < T:
         advice = "a row of the attention mask that forbids every position gives nan: each position must see itself"
     return [shape, Check(
-        "finite", "model", False, f"not finite at {plural(len(where), 'position')} of {T}: {_shown(where)}",
+        "finite", "model", False, f"not finite at {plural(len(where), 'position')} of {T}: {some(where)}",
         "all scores are finite", advice, "scores_not_finite",
     )]  # fmt: skip
 
@@ -109,109 +104,6 @@ def initial_loss(start: Start) -> Check:
     return Check("initial_loss", "model", True, measured, expected, details=details)
 
 
-@torch.no_grad()
-def influences(model: nn.Module, scores: Scores, inputs: Tensor) -> tuple[Tensor, bool]:
-    """
-    How much the scores of position t move when token p is another one, (p, t), relative to the largest move.
-
-    Args:
-        inputs: (1, T) token ids; each is replaced by another token of the window, so that it surely is in the vocabulary.
-
-    Returns:
-        the moves, and whether a window moves one beside it.
-    """
-    T = inputs.size(1)
-    others = torch.arange(T, device=inputs.device)
-    variants = inputs.repeat(T, 1)  # (T, T)
-    variants[others, others] = _another(inputs[0])
-    base = scores(model, torch.cat([inputs, inputs]))
-    beside = scores(model, torch.cat([inputs, variants[-1:].flip(1)]))
-    changed = scores(model, torch.cat([inputs, variants]))
-    moves = (changed[1:] - changed[:1]).nan_to_num(0.0).abs().amax(-1)  # (p, t)
-    largest = float(moves.max())
-    mixed = float((base[0] - beside[0]).nan_to_num(0.0).abs().max())
-    return moves / (largest or 1.0), mixed > SEEN_FLOAT32 * largest
-
-
-def _another(tokens: Tensor) -> Tensor:
-    """For each token (T,) one that differs from it, of the window if it has two."""
-    first = tokens[0]
-    others = tokens[tokens != first]
-    second = others[0] if others.numel() else torch.where(first > 0, first - 1, first + 1)
-    return torch.where(tokens == first, second, first)
-
-
-def sight_checks(subject: Subject, scores: Scores) -> list[Check]:
-    """No position sees what comes after it; each sees itself and what comes before; no window sees another."""
-    inputs = subject.inputs[:1, :LOOKED_AT]
-    found = []
-    # With weights of our own too: a projection that starts at 0 would hide that something leaks through it.
-    for mine in (False, True):
-        model, seen = copied(subject.model), SEEN
-        if mine:
-            redraw(model, subject.seed)
-        try:
-            moves, mixed = influences(model.double(), scores, inputs)
-        except Exception:
-            model, seen = copied(subject.model), SEEN_FLOAT32
-            if mine:
-                redraw(model, subject.seed)
-            moves, mixed = influences(model, scores, inputs)
-        found.append((moves.cpu() > seen, mixed))
-    (as_it_is, mixed_as_it_is), (redrawn, mixed_redrawn) = found
-    moved = as_it_is | redrawn
-    return [_leak(moved), _context(redrawn), _windows(mixed_as_it_is or mixed_redrawn)]
-
-
-def _leak(moved: Tensor) -> Check:
-    pairs = [(int(p), int(t)) for p, t in moved.nonzero() if t < p]
-    name, expected = "causal_leak", "changing a token moves no score of a position before it"
-    T = moved.size(0)
-    if not pairs:
-        return Check(name, "model", True, f"none of {T * (T - 1) // 2} pairs of positions moved", expected)
-    ahead = sorted({p - t for p, t in pairs})
-    p, t = min(pairs, key=lambda pair: (pair[0] - pair[1], pair[1]))
-    return Check(
-        name, "model", False,
-        f"changing token {p} moves the scores of position {t}; {plural(len(pairs), 'pair')} of {T * (T - 1) // 2}, "
-        f"{ahead[0]}" + (f" to {ahead[-1]}" if len(ahead) > 1 else "") + " ahead",
-        expected,
-        "the model sees what it has to predict: "
-        + ("the mask is off by one, it must forbid the diagonal above the main one" if ahead == [1] else
-           "the mask is missing or turned round, or something mixes positions, such as a norm over time"),
-        "causal_leak",
-        {"pairs": pairs},
-    )  # fmt: skip
-
-
-def _context(moved: Tensor) -> Check:
-    name, expected = "sees_context", "each position sees its own token and the ones before it"
-    T = moved.size(0)
-    itself = int(moved.diagonal().sum())
-    before = int(moved.diagonal(1).sum())  # token p moves position p + 1
-    past = [int(t - p) for p, t in moved.nonzero() if t > p]
-    measured = f"{itself} of {T} see themselves, {before} of {T - 1} the token before; the farthest seen is {max(past, default=0)} back"
-    if past and itself:
-        return Check(name, "model", True, measured, expected)
-    if T == 1:
-        return Check(name, "model", None, "windows of one token", expected)
-    return Check(
-        name, "model", False, measured, expected,
-        "attention passes nothing on: is its output added to the stream, is the mask turned round? (A bigram model is meant so.)",
-        "past_unseen",
-    )  # fmt: skip
-
-
-def _windows(mixed: bool) -> Check:
-    name, expected = "windows_apart", "a window's scores do not depend on the windows beside it"
-    if not mixed:
-        return Check(name, "model", True, "they do not", expected)
-    return Check(
-        name, "model", False, "another second window moves the scores of the first", expected,
-        "batch and time are mixed up: look for a view or reshape that should be a transpose", "windows_mixed",
-    )  # fmt: skip
-
-
 def tied_weights(subject: Subject) -> Check:
     """Pairs that have to be one parameter are one; and no two parameters look as if somebody had meant to tie them."""
     name, expected = "tied_weights", "one parameter under both names"
@@ -232,6 +124,12 @@ def tied_weights(subject: Subject) -> Check:
     for key, parameter in by_name.items():
         names.setdefault(id(parameter), []).append(key)
     shared = [" = ".join(group) for group in names.values() if len(group) > 1]
+    if isinstance(subject.model, GPT2):  # its head is a function of the embedding, no parameter of its own
+        tied = subject.model.head_weight is subject.model.wte.weight
+        if tied != subject.model.config.tie_word_embeddings:
+            return Check(name, "model", False, f"head is the embedding: {tied}", f"tie_word_embeddings: {not tied}",
+                         "give head_weight what the configuration says", "weights_not_tied")  # fmt: skip
+        shared += ["the head is wte.weight" if tied else "the head is lm_head.weight, untied as configured"]
     return Check(name, "model", True, "; ".join(shared) or "no parameter has two names", expected)
 
 
@@ -278,14 +176,10 @@ def decay_groups_check(subject: Subject, groups: Sequence[dict[str, Any]] | None
     measured = f"{plural(len(groups), 'group')}, {len(trained)} trained parameters, {decayed} of them decay"
     if not (missing or twice or foreign):
         return Check(name, "model", True, measured, expected)
-    parts = [f"in none: {_shown(sorted(missing))}" if missing else "", f"in several: {_shown(sorted(twice))}" if twice else "",
+    parts = [f"in none: {some(sorted(missing))}" if missing else "", f"in several: {some(sorted(twice))}" if twice else "",
              f"{plural(len(foreign), 'tensor')} of another model" if foreign else ""]  # fmt: skip
     return Check(
         name, "model", False, f"{measured}; " + "; ".join(part for part in parts if part), expected,
         "build the groups from model.parameters() by one rule and its opposite, after the model is complete",
         "parameters_frozen" if missing or foreign else "decay_groups_overlap",
     )  # fmt: skip
-
-
-def _shown(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items[:5])) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -107,27 +107,27 @@ def _accuse(
         suspects.append(Suspect(name, bool(proved) and not culprit, evidence))
         culprit = culprit or proved
 
-    hear("loss", known.loss if practice.as_is.progress < LEARNED else "",
-         f"with this loss {said(practice.as_is)}; with cross-entropy {said(best)}" if known.loss else "found sound by itself")  # fmt: skip
+    evidence = f"with this loss {said(practice.as_is)}; with cross-entropy {said(best)}" if known.loss else "sound by itself"
+    hear("loss", known.loss if practice.as_is.progress < LEARNED else "", evidence)
     if not culprit and known.frozen and best.progress < LEARNED:
         _, free = _best(lambda rate: train(warm_and_down(rate, work.steps), prepare=_unfreeze), practice.best_rate, (1.0, 0.1))
         hear("backward", "parameters_frozen" if free.progress >= LEARNED else "", f"with all parameters trained {said(free)}")
     else:
-        hear("backward", known.backward if best.progress < LEARNED else "",
-             f"its gradients are wrong ({known.backward})" if known.backward else "gradients equal the difference quotients")  # fmt: skip
-    hear("hyper-parameters", rate_fault, f"at the given rate {said(practice.as_is)}; at {practice.best_rate:.1g} {said(best)}"
-         if rate_fault else f"at none of several rates around {practice.tried.high:.1g} is it learned; at best {said(best)}")  # fmt: skip
+        evidence = f"its gradients are wrong: {known.backward}" if known.backward else "gradients equal difference quotients"
+        hear("backward", known.backward if best.progress < LEARNED else "", evidence)
+    evidence = f"at none of several rates around {practice.tried.high:.1g} is it learned; at best {said(best)}"
+    if rate_fault:
+        evidence = f"at the given rate {said(practice.as_is)}; at {practice.best_rate:.1g} {said(best)}"
+    hear("hyper-parameters", rate_fault, evidence)
     if not culprit:
         anew = partial(start_anew, seed=subject.seed)
-        sound_range = range_test(subject, scores, batch, work, None)
-        rates = practice.best_rate, max(sound_range.high, 1e-3), 1e-2
+        rates = practice.best_rate, 1e-3, 1e-2
         curves = [train(warm_and_down(rate, work.steps), prepare=anew) for rate in rates]
         fresh = max(curves, key=lambda curve: curve.progress)
-        learned = fresh.progress >= LEARNED
-        hear("initial values", (known.initial or "initial_weights_unsuited") if learned else "",
-             f"with GPT-2's initial weights {said(fresh)}")  # fmt: skip
-    hear("model", "model_too_simple", f"nothing else is to blame, and the loss stays at {best.losses[-1]:.3g}"
-         if not culprit else "not to blame: another is")  # fmt: skip
+        proved = (known.initial or "initial_weights_unsuited") if fresh.progress >= LEARNED else ""
+        hear("initial values", proved, f"with GPT-2's initial weights {said(fresh)}")
+    evidence = "another is to blame" if culprit else f"no other is to blame, and the loss stays at {best.losses[-1]:.3g}"
+    hear("model", "" if culprit else "model_too_simple", evidence)
     return Practice(practice.tried, best, practice.best_rate, practice.given, practice.as_is, tuple(suspects), culprit)
 
 
@@ -178,12 +178,12 @@ def _need(name: str, rate: float, without: Curve, with_it: Curve, has: float | N
     jump = f"largest gradient norm {norms[-1]:.3g}, median {norms[len(norms) // 2]:.3g}" if norms else "no gradients"
     details = {"losses": list(without.losses), "losses_with_it": list(with_it.losses), "grad_norms": list(without.grad_norms)}
     if without.rise <= RISES:
-        return Check(name, "learning", True, f"not needed: at {rate:.2g} the loss rises by {max(0.0, without.rise):.2g}; {jump}",
-                     expected, details=details)  # fmt: skip
+        measured = f"not needed: at {rate:.2g} the loss rises by {max(0.0, without.rise):.2g}; {jump}"
+        return Check(name, "learning", True, measured, expected, details=details)
     if with_it.rise > RISES:
-        return Check(name, "learning", True, f"makes no difference: at {rate:.2g} the loss rises by {without.rise:.2g} without "
-                     f"and by {with_it.rise:.2g} with it", expected, details=details)  # fmt: skip
-    measured = f"needed: at {rate:.2g} the loss rises by {without.rise:.2g} without and by {max(0.0, with_it.rise):.2g} with it; {jump}"
+        measured = f"makes no difference: at {rate:.2g} the loss rises by {without.rise:.2g}, with it by {with_it.rise:.2g}"
+        return Check(name, "learning", True, measured, expected, details=details)
+    measured = f"needed: at {rate:.2g} the loss rises by {without.rise:.2g}, with it by {max(0.0, with_it.rise):.2g}; {jump}"
     if has == 0:
         return Check(name, "learning", False, measured, expected, advice, details=details)
     return Check(name, "learning", True if has else None, measured, expected, details=details)
