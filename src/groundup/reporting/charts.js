@@ -118,6 +118,8 @@ class Chart {
     const ink = colour("--soft"), grid = { stroke: colour("--grid"), width: 1 };
     const font = "12px system-ui, sans-serif";
     const log = this.chart.log || settings.log;
+    // Over many powers of ten, a line for each of them is enough.
+    const powers = (plot, places) => (log && places.length > 30 ? places.map((place) => (Number.isInteger(Math.log10(place)) ? place : null)) : places);
     const unit = settings.axis === "seconds" ? ` (${timeUnit(this.runs)[1]})` : "";
     const axis = (more) => ({ stroke: ink, font, labelFont: font, grid, ticks: grid, ...more });
     const options = {
@@ -129,7 +131,7 @@ class Chart {
       },
       axes: [
         axis({ label: AXES[settings.axis] + unit, labelSize: 18, size: 34, values: (plot, places) => places.map(short) }),
-        axis({ size: 62, values: (plot, places) => places.map(short) }),
+        axis({ size: 62, grid: { ...grid, filter: powers }, ticks: { ...grid, filter: powers }, values: (plot, places) => places.map(short) }),
       ],
       cursor: { drag: { x: true, y: false }, points: { size: 7 }, y: false },
       series: [

@@ -24,16 +24,18 @@ def differences(runs: Sequence[Mapping[str, Any]]) -> dict[str, ROWS]:
 
 def _results(runs: Sequence[Mapping[str, Any]]) -> ROWS:
     totals = [run["totals"] for run in runs]
+    # A loss is one of tokens: with another vocabulary it is another quantity.
+    lowest = min if len({run["data"].get("vocab_size") for run in runs}) == 1 else None
     best = [one["best_evaluation"] or {} for one in totals]
     return [
         _row("steps", [one["step"] for one in totals]),
         _row("tokens", [one["tokens"] for one in totals]),
         _row("seconds of training", [one["seconds"] for one in totals]),
         _row("tokens per second", [one["tokens_per_second"] for one in totals], max),
-        _row("training loss at the end", [one["loss"] for one in totals], min),
-        _row("best validation loss", [one.get("loss") for one in best], min),
+        _row("training loss at the end", [one["loss"] for one in totals], lowest),
+        _row("best validation loss", [one.get("loss") for one in best], lowest),
         _row("… at step", [one.get("step") for one in best]),
-        _row("… perplexity", [one.get("perplexity") for one in best], min),
+        _row("… perplexity", [one.get("perplexity") for one in best], lowest),
         _row("… bits per byte", [one.get("bits_per_byte") for one in best], min),
         _row("overfitting from step", [(one["overfitting"] or {}).get("step") for one in totals]),
         _row("skipped steps", [one["skipped"] for one in totals]),

@@ -31,6 +31,7 @@ function figure(value) {
 /** The same for an axis, where there is little room. */
 function short(value) {
   if (value == null) return "";
+  if (Math.abs(value) >= 1e15) return value.toExponential(0);
   for (const [size, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
     if (Math.abs(value) >= size) return Number((value / size).toPrecision(3)) + letter;
   }

@@ -1,4 +1,4 @@
-"""What a report shows and a run does not draw by itself, as PNGs: learning rate, gradient norm, speed, health; and losses of several runs."""
+"""What a report shows and a run does not draw by itself, as PNGs: rates, norms, speed, health, and losses of several runs."""
 
 import io
 import os
@@ -92,7 +92,7 @@ def _heat_map(axes: "Axes", name: str, measure: Mapping[str, Any], steps: Sequen
     values = np.array(measure["values"], dtype=np.float64)
     there = values[np.isfinite(values)]
     low, high = (float(there.min()), float(there.max())) if len(there) else (0.0, 1.0)
-    scale = LogNorm(low, high) if 0 < low and high > LOGARITHMIC_FROM * low else Normalize(low, high)
+    scale = LogNorm(low, high) if low > 0 and high > LOGARITHMIC_FROM * low else Normalize(low, high)
     # viridis: its lightness grows all along, so it reads the same without colour.
     image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis", norm=scale)
     axes.set_title(f"{name.replace('_', ' ')}: {low:.3g} to {high:.3g}", fontsize=10)

@@ -59,8 +59,10 @@ function drawFindings(runs) {
     return element("div", { class: "card" },
       runs.length > 1 ? nameOf(run, runs) : null,
       failed.length
-        ? element("ul", {}, failed.map((check) => element("li", {},
-          element("strong", { class: "bad" }, `✗ ${check.name.replaceAll("_", " ")}: `), `${check.measured}; expected ${check.expected}. `, check.advice || "")))
+        ? element("ul", {}, failed.map((check) => element("li", { class: "found" },
+          element("strong", { class: "bad" }, `✗ ${check.name.replaceAll("_", " ")}`),
+          ["measured", "expected", "advice"].filter((part) => check[part]).map((part) =>
+            element("div", {}, element("span", { class: "soft" }, `${part}: `), check[part])))))
         : element("p", { class: "good" }, "✓ All that was checked passed."),
       others.length ? folded(`checks-${run.path}`, `${others.length} check${others.length > 1 ? "s" : ""} that did not fail`, () => table(["check", "verdict", "measured", "expected"],
         others.map((check) => [check.name.replaceAll("_", " "), check.passed ? "passed" : "not measured", check.measured, check.expected]), "Checks")) : null);
@@ -96,7 +98,7 @@ function drawSetup(runs) {
     for (const [name, version] of Object.entries(machine.versions)) rows.push([name, text(version)]);
     machine.starts.forEach((start, index) => rows.push([index ? "went on" : "started", `${start.time}${index ? ` after step ${text(start.step)}` : ""}`]));
     if (data.folder) rows.push(["data", data.folder], ["sources", text(data.sources)]);
-    for (const [name, split] of Object.entries(data.splits || {})) rows.push([name, `${text(split.tokens)} tokens, ${text(split.bytes)} bytes, ${text(split.documents)} documents`]);
+    for (const [name, split] of Object.entries(data.splits || {})) rows.push([name, `${text(split.tokens)} tokens, ${text(split.bytes)} bytes, documents: ${text(split.documents)}`]);
     if (data.vocab_size) rows.push(["vocabulary", figure(data.vocab_size)]);
     if (data.folder) rows.push(["skipped files", text(data.skipped)], ["bytes that are no UTF-8", text(data.replaced_sequences)]);
     if (machine.checkpoints.length) rows.push(["checkpoints", machine.checkpoints.join(", ")]);

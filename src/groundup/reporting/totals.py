@@ -103,7 +103,9 @@ def still_falling(evaluations: Sequence[tuple[float, float]]) -> bool | None:
 
 def climbed(steps: Numbers, smooth: Numbers, losses: Numbers, evaluations: Sequence[float]) -> dict[str, Any] | None:
     """
-    Where the training loss was lowest, if it ended far above that, and not by chance: validation loss must have climbed as well.
+    Where the training loss was lowest, if it ended far above that.
+
+    Not by chance: validation loss must have climbed as well.
 
     Args:
         steps: of the losses, (N,).

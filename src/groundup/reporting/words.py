@@ -65,8 +65,8 @@ def _headline(run: Mapping[str, Any]) -> Line:
 def _end_loss(totals: Mapping[str, Any]) -> str:
     last = totals["last_evaluation"]
     if last:
-        return f"{last['loss']:.3f} on validation"
-    return f"{totals['loss']:.3f} on training text" if totals["loss"] is not None else ""
+        return f"{_loss(last['loss'])} on validation"
+    return f"{_loss(totals['loss'])} on training text" if totals["loss"] is not None else ""
 
 
 def _losses(run: Mapping[str, Any]) -> list[Line]:
@@ -83,7 +83,7 @@ def _losses(run: Mapping[str, Any]) -> list[Line]:
         more += [f"{best['bits_per_byte']:.3f} bits per byte"] if best["bits_per_byte"] is not None else []
         more += [f"{best['token_accuracy']:.1%} of tokens right"] if best["token_accuracy"] is not None else []
         rest = f": {', '.join(more)}" if more else ""
-        lines.append(_line(PLAIN, f"Best validation loss {best['loss']:.3f}, at step {best['step']:,}{rest}."))
+        lines.append(_line(PLAIN, f"Best validation loss {_loss(best['loss'])}, at step {best['step']:,}{rest}."))
     elif run["rows"]:
         lines.append(
             _line(
@@ -98,8 +98,8 @@ def _learning(run: Mapping[str, Any]) -> list[Line]:
     if found := totals["overfitting"]:
         return [_line(
             WARNING,
-            f"From step {found['step']:,} on it learned its text by heart: validation loss rose from {found['loss']:.3f} to "
-            f"{found['rose_to']:.3f} while training loss kept falling.",
+            f"From step {found['step']:,} on it learned its text by heart: validation loss rose from {_loss(found['loss'])} to "
+            f"{_loss(found['rose_to'])} while training loss kept falling.",
         )]  # fmt: skip
     if totals["climbed"] or ended_badly(run) or totals["still_falling"] is None:
         return []
@@ -173,6 +173,11 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def _loss(value: float) -> str:
+    """A loss; one that has exploded without digits that mean nothing."""
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
 def _line(tone: str, text: str) -> Line:
