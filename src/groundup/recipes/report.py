@@ -65,8 +65,8 @@ def require_run(run: Path) -> None:
         raise ConfigError(f"run: {run} (given as RUN) {what}; give the --output-dir of a training")
     if not (is_run(run) or (run / METRICS).is_file()):
         raise ConfigError(
-            f"run: {run} (given as RUN) is no run: it has neither the config.toml nor the {METRICS} of one; give the --output-dir "
-            "of a training"
+            f"run: {run} (given as RUN) is no run: it has neither the config.toml nor the {METRICS} of one; give "
+            "the --output-dir of a training"
         )
 
 

@@ -49,12 +49,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """An object from a file; an empty one where it cannot be read."""
     try:
         content = path.read_text(encoding="utf-8", errors="replace")
-        found = json.loads(
-            content, parse_constant=lambda name: None, parse_float=lambda digits: rounded([float(digits)], 15)[0]
-        )
+        found = json.loads(content, parse_constant=lambda name: None, parse_float=_finite)
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _finite(digits: str) -> float | None:
+    return rounded([float(digits)], 15)[0]
 
 
 def data_summary(run: Path, config: dict[str, Any]) -> dict[str, Any]:

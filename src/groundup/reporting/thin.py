@@ -50,7 +50,8 @@ def smoothed(values: Numbers, window: int) -> Numbers:
     reach = np.minimum(window // 2, np.minimum(place, len(values) - 1 - place))
     first, last = place - reach, place + reach + 1
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (sums[last] - sums[first]) / (counts[last] - counts[first])
+        means: Numbers = (sums[last] - sums[first]) / (counts[last] - counts[first])
+    return means
 
 
 def rounded(values: Any, digits: int = 6) -> list[float | int | None]:

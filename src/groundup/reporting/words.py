@@ -44,17 +44,14 @@ def _headline(run: Mapping[str, Any]) -> Line:
     if ended_badly(run):
         return _line(BAD, f"Diverged at step {step:,}: its last steps had no finite loss or gradient.")
     if climbed:
-        return _line(
-            BAD,
-            f"Went wrong after step {climbed['step']:,}: training loss climbed from {climbed['loss']:.3f} to {climbed['end']:.3f}.",
-        )
+        rise = f"from {_loss(climbed['loss'])} to {_loss(climbed['end'])}"
+        return _line(BAD, f"Went wrong after step {climbed['step']:,}: training loss climbed {rise}.")
     how = f"loss {loss}" if loss else "no loss yet"
     if totals["overfitting"]:
         found = totals["overfitting"]
-        return _line(
-            WARNING,
-            f"Learned, then overfitted: best at step {found['step']:,} of {step:,}, validation loss {found['loss']:.3f}.",
-        )
+        how = "Going on, but overfitting" if state["running"] else "Learned, then overfitted"
+        best = f"best at step {found['step']:,} of {step:,}, validation loss {_loss(found['loss'])}"
+        return _line(WARNING, f"{how}: {best}.")
     if state["running"]:
         return _line(PLAIN, f"Going on: {of}, {how}.")
     if planned and step < planned:
@@ -77,7 +74,7 @@ def _losses(run: Mapping[str, Any]) -> list[Line]:
         guess = (
             f" (guessing evenly would be {math.log(vocabulary):.2f})" if isinstance(vocabulary, int) and vocabulary > 1 else ""
         )
-        lines.append(_line(PLAIN, f"Training loss went from {first:.3f} to {loss:.3f} nats per token{guess}."))
+        lines.append(_line(PLAIN, f"Training loss went from {_loss(first)} to {_loss(loss)} nats per token{guess}."))
     if best:
         more = [f"perplexity {best['perplexity']:,.4g}"] if best["perplexity"] is not None else []
         more += [f"{best['bits_per_byte']:.3f} bits per byte"] if best["bits_per_byte"] is not None else []
