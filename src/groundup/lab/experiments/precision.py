@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FLOAT32, BF16, FP16 = "float32", "bf16", "fp16"
+LEAST_NATS = 0.02
+"""What counts as worse, even where the seeds' ranges overlap."""
 
 
 def says(results: Results) -> list[Part]:
@@ -17,14 +19,13 @@ def says(results: Results) -> list[Part]:
     seconds = {setting: results.spread(setting, "seconds") for setting in results.settings}
     parts = [Part(f"Float32 ends at {ends[FLOAT32]} after {seconds[FLOAT32].mean:.1f} s of steps.")]
     for setting in (BF16, FP16):
-        apart = is_lower(ends[setting], ends[FLOAT32]) or is_lower(ends[FLOAT32], ends[setting])
-        same = not apart and ends[setting].mean - ends[FLOAT32].mean < 0.02
+        as_well = not is_lower(ends[FLOAT32], ends[setting]) and ends[setting].mean - ends[FLOAT32].mean < LEAST_NATS
         ratio = seconds[setting].mean / max(seconds[FLOAT32].mean, 1e-9)
         parts.append(
             Part(
                 f"{setting} ends at {ends[setting]} ({against(ends[setting], ends[FLOAT32])}), and takes {ratio:.2f} times "
                 "as long.",
-                same,
+                as_well,
             )
         )
     return parts
