@@ -30,8 +30,8 @@ def _watch(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str
 
 @verb(
     "report",
-    "Write a page about runs, and pictures.\n\nHow they went in words, curves, health, samples, what was unusual, what differs: "
-    "one HTML file that needs no network. A run may be going on.",
+    "Write a page about runs, and pictures.\n\nHow they went in words, curves, health, samples, what was unusual, what "
+    "differs: one HTML file that needs no network. A run may be going on.",
     REPORT_GROUPS,
     [click.Argument(["runs"], nargs=-1, required=True, metavar="RUN…")],
 )

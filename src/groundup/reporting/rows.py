@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ class Tail:
 
     def __init__(self, path: Path):
         self.path = path
-        self._read = 0
+        self._file = self._read = 0
         self._last = b""
 
     def rows(self) -> tuple[bool, Iterator[dict[str, Any]]]:
@@ -37,14 +38,17 @@ class Tail:
         try:
             with self.path.open("rb") as file:
                 file.seek(max(0, self._read - len(self._last)))
-                anew = file.read(len(self._last)) != self._last
+                inode = os.fstat(file.fileno()).st_ino
+                # Another file, or the same with another content.
+                anew = self._file not in (0, inode) or file.read(len(self._last)) != self._last
+                self._file = inode
                 if anew:
                     self._read, self._last = 0, b""
                 file.seek(self._read)
                 content = file.read()
         except OSError:
             anew, content = self._read > 0, b""
-            self._read, self._last = 0, b""
+            self._file, self._read, self._last = 0, 0, b""
         whole = content.rfind(b"\n") + 1
         # A last line without its end may be still being written, but not where it is an object already.
         if _object(content[whole:]) is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from groundup.reporting.rows import Metrics
-from groundup.reporting.thin import Numbers
+from groundup.reporting.thin import Numbers, smoothed
 
 END = 1 / 50
 """Of the rows, in the loss at the end; at least ``END_ROWS``."""
@@ -47,14 +47,14 @@ def totals_of(
         "seconds": _value(steps["seconds"][-1:]),
         "tokens_per_second": _value([np.nanmedian(speeds)] if not np.isnan(speeds).all() else []),
         "first_loss": _value(losses[~np.isnan(losses)][:1]),
-        "loss": _mean(losses[-max(END_ROWS, round(len(losses) * END)) :]),
+        "loss": _mean(losses[-_end_rows(losses) :]),
         "evaluations": len(evaluations),
         "first_evaluation": _evaluation(evaluations[0] if evaluations else None),
         "last_evaluation": _evaluation(evaluations[-1] if evaluations else None),
         "best_evaluation": _evaluation(best),
         "overfitting": overfitting([(row["step"], row["eval_loss"]) for row in evaluations], steps["step"], smooth),
         "still_falling": still_falling([(row["step"], row["eval_loss"]) for row in evaluations]),
-        "climbed": climbed(steps["step"], smooth, losses, [row["eval_loss"] for row in evaluations]),
+        "climbed": climbed(steps["step"], losses, [row["eval_loss"] for row in evaluations]),
         "ends_skipped": bool(metrics.skipped and metrics.skipped[-1] == steps["step"][-1]),
         "skipped": metrics.skipped_so_far,
         "spikes": len(metrics.spikes),
@@ -101,7 +101,7 @@ def still_falling(evaluations: Sequence[tuple[float, float]]) -> bool | None:
     return None if not before else bool(before[-1] - last > FALL * abs(last))
 
 
-def climbed(steps: Numbers, smooth: Numbers, losses: Numbers, evaluations: Sequence[float]) -> dict[str, Any] | None:
+def climbed(steps: Numbers, losses: Numbers, evaluations: Sequence[float]) -> dict[str, Any] | None:
     """
     Where the training loss was lowest, if it ended far above that.
 
@@ -109,22 +109,26 @@ def climbed(steps: Numbers, smooth: Numbers, losses: Numbers, evaluations: Seque
 
     Args:
         steps: of the losses, (N,).
-        smooth: smoothed losses, (N,).
         losses: as they were, (N,).
         evaluations: validation losses in order; where there are none, many losses must say it.
 
     Returns:
         step, loss, and the loss at its end; None where it did not climb.
     """
-    end = _mean(losses[-max(END_ROWS, round(len(losses) * END)) :])
-    if end is None or np.isnan(smooth).all() or (not evaluations and len(losses) < CLIMB_ROWS):
+    half = _end_rows(losses) // 2
+    # Means of as many losses each: at the ends of the curve there are fewer.
+    means = smoothed(losses, 2 * half + 1)[half : len(losses) - half]
+    if np.isnan(means).all() or (not evaluations and len(losses) < CLIMB_ROWS):
         return None
-    lowest = int(np.nanargmin(smooth))
-    far = max(CLIMB, CLIMB * abs(smooth[lowest]))
-    by_chance = bool(evaluations) and evaluations[-1] - min(evaluations) < far
-    if end - smooth[lowest] < far or by_chance:
+    lowest, end = int(np.nanargmin(means)), float(means[~np.isnan(means)][-1])
+    far = max(CLIMB, CLIMB * abs(means[lowest]))
+    if end - means[lowest] < far or (evaluations and evaluations[-1] - min(evaluations) < far):
         return None
-    return {"step": int(steps[lowest]), "loss": float(smooth[lowest]), "end": end}
+    return {"step": int(steps[lowest + half]), "loss": float(means[lowest]), "end": end}
+
+
+def _end_rows(losses: Numbers) -> int:
+    return max(END_ROWS, round(len(losses) * END))
 
 
 def _evaluation(row: Mapping[str, float] | None) -> dict[str, Any] | None:
