@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,8 @@ from groundup.lab.experiments.decoding import distinct, repeated
 from groundup.lab.pictures import EVEN_GUESS, draw
 from groundup.lab.registry import EXPERIMENTS, experiment_named
 from tests.conftest import groundup, make_text
+
+ROOT = Path(__file__).parents[1]
 
 # Of a run that takes no time: these win over an experiment's own, where it has them.
 MINIATURE = {
@@ -159,15 +162,15 @@ def synthetic(name, values, seeds=3):
     return Results(runs)
 
 
-WARMUP = "warmup 30, rate 0.03"
+WARMUP, SAME_RATE = "warmup 30, rate 0.03", "warmup 30, rate 0.001"
 CASES = [
     ("learning-rate", {"1e-05": {"final_loss": 4.0}, "1": {"final_loss": 4.0}}, "seen"),
     ("learning-rate", {"1e-05": {"final_loss": 4.0}}, "seen in part"),
     ("learning-rate", {"1e-05": {"final_loss": 2.0}, "1": {"final_loss": 2.0}}, "not seen"),
     ("learning-rate", {"1e-05": {"final_loss": 4.0}, "1": {"final_loss": None}}, "seen"),
     ("warmup", {WARMUP: {"final_loss": 2.0}}, "seen"),
-    ("warmup", {}, "not seen"),
-    ("warmup", {WARMUP: {"final_loss": 3.0}}, "not seen"),
+    ("warmup", {SAME_RATE: {"final_loss": 2.0}}, "seen in part"),
+    ("warmup", {"no warmup, rate 0.01": {"final_loss": 2.0}, "no warmup, rate 0.001": {"final_loss": 4.0}}, "not seen"),
     ("batch-size", {"one rate, batch 16384": {"final_loss": 4.0}}, "seen"),
     ("batch-size", {"rate · √batch, batch 16384": {"final_loss": 4.0}}, "not seen"),
     (
@@ -240,16 +243,23 @@ def test_the_words_turn_with_the_numbers():
     def said(values):
         return paragraph(EXPERIMENTS["warmup"], synthetic("warmup", values))[0]
 
-    better, worse, same = said({WARMUP: {"final_loss": 2.0}}), said({WARMUP: {"final_loss": 3.0}}), said({})
-    assert "(with it 0.500 nats lower, beyond the seeds' spread)" in better
-    assert "The higher the rate, the more warmup gains." in better
+    better = said({WARMUP: {"final_loss": 2.0}})
+    assert "ends at 2.002 (2.000 to 2.004), without at 2.502 (2.500 to 2.505) (with it 0.501 nats lower, beyond" in better
+    assert "warmup bears the higher rate" in better
+    assert "at 0.03 of these rates and raises it at none" in better
+    worse = said({"no warmup, rate 0.01": {"final_loss": 2.0}, "no warmup, rate 0.001": {"final_loss": 4.0}})
     assert "(with it 0.501 nats higher, beyond the seeds' spread)" in worse
-    assert "Warmup does not gain more at the higher rate." in worse
+    assert "does not move the best rate up" in worse
+    assert "at 0.001 of these rates and raises it at 0.01" in worse
+    assert "not the smallest difference" in worse
+    same = said({})
     assert "(with it no difference beyond the seeds' spread)" in same
+    assert "at none of these rates and raises it at none" in same
 
 
 def test_one_seed_shows_nothing():
-    text, found = paragraph(EXPERIMENTS["warmup"], synthetic("warmup", {WARMUP: {"final_loss": 2.0}}, seeds=1))
+    good = {"1e-05": {"final_loss": 4.0}, "1": {"final_loss": 4.0}}
+    text, found = paragraph(EXPERIMENTS["learning-rate"], synthetic("learning-rate", good, seeds=1))
     assert found == "not seen"
     assert "(1 seed)" in text
     assert "one seed shows no spread" in text
@@ -430,3 +440,41 @@ def test_the_command_says_what_was_measured(tmp_path, counted, plain, monkeypatc
     assert capsys.readouterr().out.splitlines()[0] == printed["text"]
     results = results_of(plain, read_runs(tmp_path / "plain.json", "plain"), 2)
     assert paragraph(plain, results)[0] == printed["text"]
+
+
+# ---- the pages
+
+
+def pages():
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("lab_pages", ROOT / "scripts" / "lab_pages.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pages_say_what_the_kept_numbers_say():
+    module, shown = pages(), []
+    for path in sorted((ROOT / "docs" / "explanation").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        assert module.filled(text) == text, f"run scripts/lab_pages.py: {path.name} is not what the numbers say"
+        shown += [name for _, name, _, _ in module.BLOCK.findall(text)]
+    assert sorted(shown) == sorted(EXPERIMENTS)
+
+
+def test_a_page_that_says_something_else_is_found():
+    module = pages()
+    page = "before\n<!-- lab: warmup -->\nIt always helps.\n<!-- end -->\nafter\n"
+    assert module.filled(page) != page
+    assert module.filled(module.filled(page)) == module.filled(page)
+    assert "It always helps" not in module.filled(page)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_is_kept_is_of_three_seeds_and_small(name):
+    kept = ROOT / "docs" / "images" / "lab"
+    runs = read_runs(kept / f"{name}.json", name)
+    assert {(run.setting, run.seed) for run in runs} == {(s, seed) for s in EXPERIMENTS[name].settings for seed in range(3)}
+    assert (kept / f"{name}.json").stat().st_size < 100_000
+    assert (kept / f"{name}.png").stat().st_size < 120_000

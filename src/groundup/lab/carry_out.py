@@ -53,7 +53,8 @@ def carry_out(experiment: Experiment, folder: Path, seeds: int, say: Say, overri
         results = results_of(experiment, runs, seeds)
         text, found = paragraph(experiment, results)
         draw(experiment, results, folder / f"{name}.png")
-        replace_durably(folder / f"{name}.md", page(experiment, text, f"{name}.png").encode())
+        shown = described(experiment, text, f"{name}.png")
+        replace_durably(folder / f"{name}.md", f"# {name}\n\n{shown}".encode())
         with suppress(OSError):
             (folder / f".{name}.lock").unlink()
     return {
@@ -117,11 +118,11 @@ def paragraph(experiment: Experiment, results: Results) -> tuple[str, str]:
     return f"The claim is {found} ({seeds}). " + " ".join(part.text for part in parts), found
 
 
-def page(experiment: Experiment, text: str, picture: str) -> str:
+def described(experiment: Experiment, text: str, picture: str) -> str:
     """Claim, formula, picture and what was measured, as Markdown."""
     return (
-        f"# {experiment.name}\n\n**{experiment.claim}**\n\n{experiment.formula}\n\n![{experiment.claim}]({picture})\n\n"
-        f"{experiment.set_up}\n\n{text}\n"
+        f"**{experiment.claim}**\n\n{experiment.formula}\n\n![{experiment.claim}]({picture})\n\n{experiment.set_up} Bands and "
+        f"dots are the seeds.\n\n{text}\n"
     )
 
 

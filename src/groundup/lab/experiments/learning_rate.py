@@ -50,7 +50,7 @@ def draw(results: Results, figure: "Figure") -> None:
 
 EXPERIMENT = Experiment(
     name="learning-rate",
-    claim="A learning rate too small learns too slowly, one too large not at all; between them is a valley.",
+    claim="A learning rate too small learns too slowly, one too large overshoots; between them is a valley.",
     formula="θ ← θ − η · u, where u is AdamW's update, about 1 in each weight, so that η is how far a weight moves in a step.",
     set_up="2 layers, 64 wide, 200 steps of 512 bytes, 20 of them warmup, then a cosine to a tenth. What is above the "
     "picture is drawn at its upper edge.",
