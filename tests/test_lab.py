@@ -244,11 +244,11 @@ def test_the_words_turn_with_the_numbers():
         return paragraph(EXPERIMENTS["warmup"], synthetic("warmup", values))[0]
 
     better = said({WARMUP: {"final_loss": 2.0}})
-    assert "ends at 2.002 (2.000 to 2.004), without at 2.502 (2.500 to 2.505) (with it 0.501 nats lower, beyond" in better
+    assert "ends at 2.002 (2.000 to 2.004), without at 2.502 (2.500 to 2.505) (with it 0.500 nats lower, beyond" in better
     assert "warmup bears the higher rate" in better
     assert "at 0.03 of these rates and raises it at none" in better
     worse = said({"no warmup, rate 0.01": {"final_loss": 2.0}, "no warmup, rate 0.001": {"final_loss": 4.0}})
-    assert "(with it 0.501 nats higher, beyond the seeds' spread)" in worse
+    assert "(with it 0.500 nats higher, beyond the seeds' spread)" in worse
     assert "does not move the best rate up" in worse
     assert "at 0.001 of these rates and raises it at 0.01" in worse
     assert "not the smallest difference" in worse
