@@ -352,7 +352,7 @@ def test_too_many_questions_at_a_time_are_sent_away(tmp_path):
     found: list[int] = []
     try:
         threads = [
-            threading.Thread(target=lambda: found.append(server.ask("/tokens/next", "POST", {})[0])) for _ in range(WAITING + 3)
+            threading.Thread(target=lambda: found.append(server.ask("/tokens/next", "POST", {})[0])) for _ in range(WAITING + 4)
         ]
         for thread in threads:
             thread.start()
@@ -364,7 +364,7 @@ def test_too_many_questions_at_a_time_are_sent_away(tmp_path):
         going_on.set()
         for thread in threads:
             thread.join(20)
-        assert sorted(found) == [200] * WAITING + [503] * 3
+        assert sorted(found) == [200] * (WAITING + 1) + [503] * 3
     finally:
         going_on.set()
         server.stop()
@@ -381,10 +381,41 @@ def test_a_fault_of_ours_is_said_in_one_line_and_the_server_lives(tmp_path):
         status, _, body = server.ask("/tokens/next", "POST", {})
         assert status == 500
         assert b"secret" not in body
-        assert said == ["WARNING: a request failed: ZeroDivisionError: secret"]
+        assert server.ask("/tokens/next", "POST", {})[0] == 500
+        assert said == ["WARNING: a request failed: ZeroDivisionError: secret"], "once"
         assert server.ask("/tokens")[0] == 200
     finally:
         server.stop()
+
+
+def test_a_long_answer_does_not_keep_ctrl_c_from_ending(run, tmp_path):
+    script = """if True:
+        import sys, time
+        from groundup.recipes import watch
+        from groundup.cli.main import run
+        class Slow:
+            def next(self, asked):
+                print("asked", flush=True)
+                time.sleep(60)
+        watch._token_view = lambda *more: Slow()
+        sys.exit(run(sys.argv[1:]))
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "watch", str(run), "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert process.stdout is not None
+    port = int(process.stderr.readline().partition("127.0.0.1:")[2].split()[0])
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/tokens/next", b"{}", {"Content-Type": "application/json"})
+    assert process.stdout.readline() == "asked\n"
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=50)
+    assert process.returncode == 0
+    assert time.monotonic() - started < 30
+    assert "Traceback" not in err
 
 
 # --- a thousand malformed requests ---
@@ -526,6 +557,15 @@ def test_what_failed_to_be_made_is_tried_again_and_the_old_one_stays():
     assert latest.now().text == "text", "for the length of the pause"
     clock[0], fail[0] = 20.0, False
     assert latest.now().text == "text"
+
+
+def test_a_run_that_is_moved_away_is_no_fault(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    pages, before = pages_of(tmp_path / "run", options(), print), mark_of(tmp_path / "run")
+    pages.data.now()
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert mark_of(tmp_path / "run") != before
+    assert json.loads(pages_of(tmp_path / "run", options(), print).data.now().text)["runs"][0]["name"] == "run"
 
 
 # --- the verb ---

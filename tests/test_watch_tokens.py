@@ -11,7 +11,7 @@ import groundup
 from groundup.checkpoint.commit import checkpoints
 from groundup.config.load import Given, resolve
 from groundup.config.options import MachineOptions, WeightsOptions
-from groundup.errors import ConfigError
+from groundup.errors import CheckpointError, ConfigError
 from groundup.generation.next_token import next_logits
 from groundup.generation.sampling import Sampler
 from groundup.recipes.token_view import BARS, LONGEST_TEXT, MOST_WRITTEN, TokenView
@@ -70,11 +70,11 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("prompt", ["the model ", "", "the model learns a token from text and then it wri"], ids=len)
+@pytest.mark.parametrize("prompt", ["", "the model learns a token from text and then it wri"], ids=len)
 def test_drawing_one_by_one_writes_what_generate_writes(run, view, settings, prompt):
-    """Also beyond the context of 16, which the longest prompt fills at once."""
-    expected = groundup.generate(run, prompt=prompt, max_new_tokens=24, seed=3, device="cpu", top_logprobs=0, **settings)
-    assert stepped(view, 24, prompt=prompt, seed=3, **settings) == expected["completions"][0]["token_ids"]
+    """Also beyond the context of 16, which the longer prompt fills at once."""
+    expected = groundup.generate(run, prompt=prompt, max_new_tokens=20, seed=3, device="cpu", top_logprobs=0, **settings)
+    assert stepped(view, 20, prompt=prompt, seed=3, **settings) == expected["completions"][0]["token_ids"]
 
 
 def test_without_filters_the_bars_are_the_probabilities_that_generate_reports(run, view):
@@ -228,6 +228,15 @@ def test_a_damaged_checkpoint_is_reported_once_and_an_older_one_answers(run, tmp
     assert view.next({})["step"] == 12
     assert len(said) == 1
     assert "checkpoint-24" in said[0]
+
+
+def test_where_no_checkpoint_is_good_it_says_why(run, tmp_path):
+    shutil.copytree(checkpoints(run)[0], tmp_path / "checkpoint-12")
+    (tmp_path / "checkpoint-12" / "model.safetensors").write_bytes(b"")
+    view = view_of(tmp_path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="model.safetensors"):
+            view.next({})
 
 
 def test_a_checkpoint_that_its_run_deletes_meanwhile_is_no_error(run, tmp_path, monkeypatch):

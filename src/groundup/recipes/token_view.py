@@ -47,7 +47,7 @@ class TokenView:
         self._run, self._settings, self._threads, self._say = run, settings, threads, say
         self._loaded: Loaded | None = None
         self._opened: tuple[Path, int] | None = None
-        self._refused: set[tuple[Path, int]] = set()
+        self._refused: dict[tuple[Path, int], CheckpointError] = {}
         self._last: tuple[Path, list[int], Tensor] | None = None
 
     def next(self, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +65,7 @@ class TokenView:
 
         Raises:
             ConfigError: a value that cannot be used.
+            CheckpointError: there are checkpoints, and none is good.
         """
         prompt, written = _text(asked, "prompt"), _tokens(asked)
         options = _generation(asked)
@@ -108,6 +109,7 @@ class TokenView:
 
         Raises:
             ConfigError: a value that cannot be used.
+            CheckpointError: there are checkpoints, and none is good.
         """
         text = _text(asked, "text")
         if not text:
@@ -132,7 +134,7 @@ class TokenView:
         }
 
     def _newest(self) -> Loaded | None:
-        """The newest good checkpoint, opened; None while there is none."""
+        """The newest good checkpoint, opened; None while there is none at all."""
         torch.set_num_threads(self._threads)
         for path in reversed(checkpoints(self._run)):
             try:
@@ -147,9 +149,11 @@ class TokenView:
                 self._loaded, self._opened, self._last = load_for_generation(path, self._settings, self._say), mark, None
                 break
             except CheckpointError as error:
-                self._refused.add(mark)
                 if path.is_dir():  # else its run deleted it, as it does with old ones
+                    self._refused[mark] = error
                     self._say(f"WARNING: {error}; trying an older one")
+        if self._loaded is None and self._refused:
+            raise next(iter(self._refused.values()))
         return self._loaded
 
     def _logits(self, loaded: Loaded, ids: list[int], usable: int) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ def pages_of(run: Path, settings: Settings, say: Say) -> Pages:
 def mark_of(run: Path) -> Hashable:
     """What changes when a run does: names, sizes and times in its folder, and whether somebody trains it."""
     found = []
-    with os.scandir(run) as entries:
+    with suppress(FileNotFoundError), os.scandir(run) as entries:  # somebody may have moved it
         for entry in entries:
             try:
                 facts = entry.stat()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from groundup.errors import GroundupError
 from groundup.serving.guard import Guard, policy_of
 from groundup.serving.latest import Latest
+from groundup.serving.one_at_a_time import BusyError, OneAtATime
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -51,14 +52,14 @@ def application(pages: Pages) -> "ASGIApp":
 
     Questions are answered one at a time, on a thread of their own.
     """
-    from anyio import CapacityLimiter, fail_after, to_thread
+    from anyio import fail_after, to_thread
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 
-    one_at_a_time = CapacityLimiter(1)
-    waiting = 0
+    questions = OneAtATime(WAITING)
+    faults: set[str] = set()
 
     def html(text: str) -> "Response":
         return HTMLResponse(text, headers={"content-security-policy": policy_of(text)})
@@ -85,7 +86,6 @@ def application(pages: Pages) -> "ASGIApp":
         return Response(status_code=204)
 
     async def answered(request: "Request", answer: Answer) -> "Response":
-        nonlocal waiting
         # No form can send this type, and a script from elsewhere must ask first, which is refused.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return refused(415, "a question is application/json")
@@ -104,19 +104,19 @@ def application(pages: Pages) -> "ASGIApp":
             return refused(400, "the question is not JSON")
         if not isinstance(asked, dict):
             return refused(400, "the question is not a JSON object")
-        if waiting >= WAITING:
-            return refused(503, "busy with other questions; ask again")
-        waiting += 1
         try:
-            found = await to_thread.run_sync(answer, asked, limiter=one_at_a_time)
+            found = await questions.do(partial(answer, asked))
+        except BusyError:
+            return refused(503, "busy with other questions; ask again")
         except GroundupError as error:
             return refused(422, str(error))
-        finally:
-            waiting -= 1
         return Response(json.dumps(found, allow_nan=False), media_type="application/json")
 
     async def fault(request: "Request", error: Exception) -> "Response":
-        pages.say(f"WARNING: a request failed: {type(error).__name__}: {error}")
+        line = f"WARNING: a request failed: {type(error).__name__}: {error}"
+        if line not in faults:  # a page asks every few seconds
+            faults.add(line)
+            pages.say(line)
         return refused(500, "internal error; the terminal of groundup watch says more")
 
     routes = [

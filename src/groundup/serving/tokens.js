@@ -14,9 +14,9 @@ const count = (n) => n.toLocaleString("en");
 
 // --- asking the server ---
 
-async function ask(name, question, signal) {
+async function ask(name, question) {
   const response = await fetch("tokens/" + name, {
-    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(question), signal,
+    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(question),
   });
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.error || response.status);
@@ -46,7 +46,6 @@ const SETTINGS = {
 };
 let written = [];
 let drawing = 0; // tokens still to draw
-let under_way = null; // what stops the question that is being answered
 
 function makeSettings() {
   for (const [key, setting] of Object.entries(SETTINGS)) {
@@ -79,28 +78,45 @@ function soon(milliseconds = 80) {
   timer = setTimeout(() => next(false), milliseconds);
 }
 
+// One question at a time; what is wanted meanwhile waits for its answer, so that moving a slider sends no crowd of them.
+let wanted = null;
+let asking = false;
+let version = 0; // of the text: an answer about an older one is not shown
+
 async function next(draw) {
   clearTimeout(timer);
-  if (under_way) under_way.abort();
-  const mine = (under_way = new AbortController());
-  try {
-    const answer = await ask("next", question(draw), mine.signal);
-    if (answer.waiting) {
+  wanted = { draw: draw || Boolean(wanted && wanted.draw) };
+  if (asking) return;
+  asking = true;
+  while (wanted) {
+    const now = wanted, about = version;
+    wanted = null;
+    try {
+      const answer = await ask("next", question(now.draw));
+      if (about !== version) continue;
+      if (answer.waiting) {
+        drawing = 0;
+        say("model", answer.waiting);
+        soon(5000);
+      } else {
+        showNext(answer);
+        drawing = answer.ended || answer.full ? 0 : Math.max(0, drawing - (now.draw ? 1 : 0));
+      }
+    } catch (error) {
       drawing = 0;
-      say("model", answer.waiting);
-      soon(5000);
-    } else {
-      showNext(answer);
-      drawing = answer.ended || answer.full ? 0 : Math.max(0, drawing - (draw ? 1 : 0));
+      failed("summary", error);
     }
-  } catch (error) {
-    if (error.name === "AbortError") return;
-    drawing = 0;
-    failed("summary", error);
+    if (drawing) wanted = { draw: true };
+    by("draw-many").textContent = drawing ? "Stop" : "Draw 20";
   }
-  if (under_way === mine) under_way = null;
-  by("draw-many").textContent = drawing ? "Stop" : "Draw 20";
-  if (drawing) next(true);
+  asking = false;
+}
+
+/** The text is another one now, by hand. */
+function change(tokens) {
+  written = tokens;
+  drawing = 0;
+  version += 1;
 }
 
 function showNext(answer) {
@@ -112,7 +128,7 @@ function showNext(answer) {
     const chip = element("button", "token", token.label);
     chip.type = "button";
     chip.title = `token ${token.id}: back to before it`;
-    chip.addEventListener("click", () => { written = written.slice(0, place); drawing = 0; next(false); });
+    chip.addEventListener("click", () => { change(written.slice(0, place)); next(false); });
     return chip;
   }));
   by("written").scrollTop = by("written").scrollHeight;
@@ -157,7 +173,7 @@ function barRow() {
   button.type = "button";
   tracks.append(element("span", "bar before"), element("span", "bar after"));
   button.append(element("span", "token name"), tracks, element("span", "number before"), element("span", "number"));
-  button.addEventListener("click", () => { written = [...written, button.token]; drawing = 0; next(false); });
+  button.addEventListener("click", () => { change([...written, button.token]); next(false); });
   row.append(button);
   return row;
 }
@@ -250,12 +266,12 @@ function tableRow(token) {
 
 makeSettings();
 for (const [most, name] of LEVELS) by("scale").append(element("span", `level-${level(most)}`, name));
-by("prompt").addEventListener("input", () => { written = []; drawing = 0; soon(250); });
+by("prompt").addEventListener("input", () => { change([]); soon(250); });
 by("seed").addEventListener("change", () => soon());
 by("draw").addEventListener("click", () => { drawing = 0; next(true); });
 by("draw-many").addEventListener("click", () => { if (drawing) { drawing = 0; } else { drawing = 20; next(true); } });
-by("back").addEventListener("click", () => { written = written.slice(0, -1); drawing = 0; next(false); });
-by("clear").addEventListener("click", () => { written = []; drawing = 0; next(false); });
+by("back").addEventListener("click", () => { change(written.slice(0, -1)); next(false); });
+by("clear").addEventListener("click", () => { change([]); next(false); });
 for (const kind of ["own", "usual"])
   by(kind).addEventListener("click", () => {
     for (const setting of Object.values(SETTINGS)) setting.set(kind === "own" ? setting.off : setting.usual);
