@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -94,8 +95,8 @@ class Curve:
 
     @property
     def rise(self) -> float:
-        """Nats above the start, at the worst."""
-        return max(self.losses) - self.losses[0]
+        """Nats above what it had already been down to, at the worst."""
+        return max(loss - low for loss, low in zip(self.losses, accumulate(self.losses, min), strict=True))
 
 
 class Stepper:

@@ -20,7 +20,7 @@ LEARNED = 0.9
 HALF = 0.5
 """A rate above the range that learns less than this is too large."""
 RISES = 0.5
-"""Nats above the start: the loss of a new model has no reason to rise, and an unlucky step costs a tenth of that."""
+"""Nats above what the loss was: on one mini-batch it has no reason to rise, and an unlucky step costs a tenth of that."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def read_range(curve: Curve) -> Range:
     fall = curve.losses[0] - smooth[best]
     first = next((i for i in range(best + 1) if curve.losses[0] - smooth[i] >= 0.1 * fall), best)
     high = curve.rates[best] / 3
-    return Range(curve.rates[: len(smooth)], tuple(smooth), min(curve.rates[first] / 3, high / 10), high)
+    return Range(curve.rates[: len(smooth)], tuple(smooth), min(curve.rates[first], high / 10), high)
 
 
 def range_check(found: Range, given: float | None, trustworthy: bool) -> Check:

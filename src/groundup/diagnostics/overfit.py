@@ -164,7 +164,8 @@ def start_checks(subject: Subject, scores: Scores, batch: Exercise, work: Work, 
         ]
     train = partial(fit, subject, scores, batch, loss_fn=sound, enough=0.9)
     plain = train([rate] * steps)
-    warmed = train(warm(rate, steps, steps)) if plain.rise > RISES else plain
+    # Long enough to have been at the full rate too.
+    warmed = train(warm(rate, 2 * steps, steps)) if plain.rise > RISES else plain
     clipped = train([rate] * steps, max_grad_norm=1.0) if plain.rise > RISES else plain
     return [
         _need("warmup", rate, plain, warmed, subject.warmup_steps, "set warmup_steps; 1 to 3% of the steps are usual"),

@@ -8,7 +8,7 @@ from groundup.diagnostics.check import Check
 from groundup.diagnostics.subject import Subject
 
 LOOKED_AT = 16
-"""Positions whose influence on each other is measured; each is one window of a pass."""
+"""Positions whose influence on each other is measured, by a pass for each."""
 SEEN = 1e-9
 """Relative change of a score from which on it counts as moved, in float64, whose rounding is 1e-16 an operation."""
 SEEN_FLOAT32 = 1e-4
@@ -30,12 +30,14 @@ def influences(model: nn.Module, scores: Scores, inputs: Tensor) -> tuple[Tensor
     others = torch.arange(T, device=inputs.device)
     variants = inputs.repeat(T, 1)  # (T, T)
     variants[others, others] = _another(inputs[0])
-    base = scores(model, torch.cat([inputs, inputs]))
-    beside = scores(model, torch.cat([inputs, variants[-1:].flip(1)]))
-    changed = scores(model, torch.cat([inputs, variants]))
-    moves = (changed[1:] - changed[:1]).nan_to_num(0.0).abs().amax(-1)  # (p, t)
+    # Each window alone: were windows mixed up, they would seem to leak.
+    alone = torch.cat([scores(model, window[None]) for window in (inputs[0], *variants)])
+    moves = (alone[1:] - alone[:1]).nan_to_num(0.0).abs().amax(-1)  # (p, t)
     largest = float(moves.max())
-    mixed = float((base[0] - beside[0]).nan_to_num(0.0).abs().max())
+    together = [
+        scores(model, torch.cat(pair))[row] for row, pair in enumerate([(inputs, variants[:1]), (variants[:1], inputs)])
+    ]
+    mixed = max(float((window - alone[0]).nan_to_num(0.0).abs().max()) for window in together)
     return moves / (largest or 1.0), mixed > SEEN_FLOAT32 * largest
 
 
