@@ -96,8 +96,7 @@ def dots(axes: "Axes", spreads: Mapping[str, Spread], top: float = math.inf, dig
     room = (largest - least or abs(largest) or 1.0) * 0.35
     for row, (name, values) in enumerate(shown.items()):
         axes.plot(values, [row] * len(values), "o", markerfacecolor="none", color=COLOURS[0], markersize=7)
-        mean = sum(values) / len(values)
-        axes.plot([mean], [row], "|", color="black", markersize=16)
+        axes.plot([_capped(spreads[name].mean, top)], [row], "|", color="black", markersize=16)
         text = f"{spreads[name].mean:.{digits}f}" if max(values) < top else f"{number_above(spreads[name].mean, top)}"
         axes.annotate(text, (max(values), row), textcoords="offset points", xytext=(9, 0), va="center", fontsize="small")
     axes.set_yticks(range(len(shown)), list(shown))

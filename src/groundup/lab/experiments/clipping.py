@@ -65,12 +65,14 @@ def says(results: Results) -> list[Part]:
     for optimizer in OPTIMIZERS:
         plain, clipped = name(optimizer, without), name(optimizer, with_it)
         jump = {s: results.spread(s, "after").mean - results.spread(s, "before").mean for s in (plain, clipped)}
+        before = {s: results.spread(s, "before") for s in (plain, clipped)}
         ends = {s: results.spread(s, "final_loss") for s in (plain, clipped)}
         helps = is_lower(ends[clipped], ends[plain])
         parts.append(
             Part(
-                f"{optimizer}: over the five steps after the explosion the training loss is {number(abs(jump[plain]))} nats "
-                f"{'above' if jump[plain] > 0 else 'below'} that before without clipping, {number(abs(jump[clipped]))} "
+                f"{optimizer}: before the planted update the training loss is {before[plain]} without clipping and "
+                f"{before[clipped]} with it; in the five steps after it, it is {number(abs(jump[plain]))} nats "
+                f"{'above' if jump[plain] > 0 else 'below'} that without, {number(abs(jump[clipped]))} "
                 f"{'above' if jump[clipped] > 0 else 'below'} with it; the runs end at {ends[plain]} and {ends[clipped]} "
                 f"(clipped {against(ends[clipped], ends[plain])}).",
                 helps,
