@@ -23,6 +23,7 @@ _PUBLIC = {
     "StepResult": "groundup.training.loop",
     "Tokenizer": "groundup.tokenizer.tokenizer",
     "Training": "groundup.recipes.training",
+    "doctor": "groundup.recipes.api",
     "evaluate": "groundup.recipes.api",
     "export": "groundup.recipes.api",
     "generate": "groundup.recipes.api",

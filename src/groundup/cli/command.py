@@ -11,7 +11,7 @@ import click
 from groundup import __version__
 from groundup.config.declaration import AUTO
 from groundup.config.load import Given, Settings, read_config_file, resolve
-from groundup.config.options import COMMANDS, TRAIN_GROUPS
+from groundup.config.options import COMMANDS, DOCTOR_GROUPS, TRAIN_GROUPS
 from groundup.config.presets import PRESET_OPTIONS
 from groundup.errors import ConfigError
 
@@ -20,7 +20,7 @@ OF_TRAINING_ALONE = (("max_steps", 0), ("per_device_eval_batch_size", AUTO))
 Run = Callable[[dict[str, Any], Settings], tuple[dict[str, Any], str]]
 
 EXIT_CODES = """\b
-Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 diverged, 6 out of disk or
+Exit codes: 0 done, 1 doctor found a fault, 2 usage, 3 data, 4 checkpoint, 5 diverged, 6 out of disk or
 memory, 75 stopped by a signal with a checkpoint saved (the same command goes on)."""
 
 
@@ -70,7 +70,7 @@ def _flag(declaration: Field[Any], hint: Any, group: type, groups: tuple[type, .
     """The flag of a declared option of a command. Values stay text: ``config.load`` converts them, wherever they come from."""
     rules, name = declaration.metadata, declaration.name.replace("_", "-")
     section = (group.__doc__ or "").rstrip(".")
-    by_preset = declaration.name in PRESET_OPTIONS and groups is TRAIN_GROUPS
+    by_preset = declaration.name in PRESET_OPTIONS and groups in (TRAIN_GROUPS, DOCTOR_GROUPS)
     default = "by the preset" if by_preset else declaration.default
     default = "by itself" if default is None else default
     shown = "" if default in ((), "") else f"  [default: {default}]"
@@ -102,7 +102,7 @@ def verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.P
             # A run's config.toml holds the options of every command: those of others are not for this one.
             own_names = {declaration.name for group in groups for declaration in fields(group)}
             layers = {name: item for name, item in layers.items() if name in own_names or name not in ALL_NAMES}
-            if groups is not TRAIN_GROUPS:  # where no steps and a size found by itself are no values
+            if groups not in (TRAIN_GROUPS, DOCTOR_GROUPS):  # where no steps and a size found by itself are no values
                 layers = {name: item for name, item in layers.items() if (name, item.value) not in OF_TRAINING_ALONE}
             layers |= {
                 key: Given(value, f"--{key.replace('_', '-')}") for key, value in given.items() if value not in (None, ())
@@ -113,6 +113,8 @@ def verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.P
                     print(_json(result) if json_output else text, flush=True)
             except BrokenPipeError:
                 raise ReaderGoneError from None
+            if result.get("passed") is False:
+                raise click.exceptions.Exit(1)
 
         parameters: list[click.Parameter] = [*arguments]
         for group in groups:

@@ -1,15 +1,44 @@
-"""The verbs that look at a run, or at training itself: report, watch, lab."""
+"""The verbs that look at a run, or at training itself: doctor, report, watch, lab."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from groundup.cli.command import output_dir, verb
+from groundup.cli.command import SOURCES, output_dir, verb
 from groundup.config.load import Settings
-from groundup.config.options import LAB_GROUPS, REPORT_GROUPS, WATCH_GROUPS
+from groundup.config.options import DOCTOR_GROUPS, LAB_GROUPS, REPORT_GROUPS, WATCH_GROUPS
 
 RUN = click.Argument(["run"], metavar="RUN")
+
+
+@verb(
+    "doctor",
+    "Say what is wrong, by measuring.\n\nWithout a SOURCE: this machine. With a run, a checkpoint, or text and the options of "
+    "train: its data, its model, its gradients, its learning, and how a run went. Each check says what was measured and what a "
+    "sound one has. Exit code 1 where one failed. Nothing is written into a run.",
+    DOCTOR_GROUPS,
+    [SOURCES],
+)
+def _doctor(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
+    from groundup.diagnostics.check import Check
+    from groundup.recipes.doctor import doctor, line_of, summary_of
+    from groundup.tracking.progress import progress
+    from groundup.tracking.surprise import harmless
+
+    group = ""
+
+    def show(check: Check) -> None:
+        nonlocal group
+        if not own["json"]:
+            if check.group != group:
+                print(check.group, flush=True)
+            print(harmless(line_of(check)), flush=True)
+        group = check.group
+
+    with progress() as shown:
+        result = doctor(own["sources"], settings, shown.say, show)
+    return result, summary_of(result)
 
 
 @verb(

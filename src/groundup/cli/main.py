@@ -35,8 +35,8 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code. Errors are one line each, a traceback only with ``--debug``."""
     try:
-        cli.main(arguments, prog_name="groundup", standalone_mode=False)
-        return 0
+        # Without its standalone mode click returns the code of an Exit, and otherwise what the verb returns: None.
+        return int(cli.main(arguments, prog_name="groundup", standalone_mode=False) or 0)
     except click.exceptions.Exit as request:
         return request.exit_code
     except Exception as error:

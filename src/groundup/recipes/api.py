@@ -11,6 +11,7 @@ from typing import Any
 
 from groundup.config.load import Given, Settings, resolve
 from groundup.config.options import (
+    DOCTOR_GROUPS,
     EVALUATE_GROUPS,
     EXPORT_GROUPS,
     GENERATE_GROUPS,
@@ -21,6 +22,7 @@ from groundup.config.options import (
     WeightsOptions,
 )
 from groundup.data.shards import Dataset
+from groundup.recipes import doctor as doctor_recipe
 from groundup.recipes import evaluate as evaluate_recipe
 from groundup.recipes import exporting, importing
 from groundup.recipes import generate as generate_recipe
@@ -141,6 +143,17 @@ def score(path: str | Path, **options: Any) -> dict[str, Any]:
     """
     with progress() as shown:
         return score_recipe.score(Path(path), _settings(SCORE_GROUPS, options), shown.say)
+
+
+def doctor(sources: Sources = (), **options: Any) -> dict[str, Any]:
+    """
+    Examine a run, a checkpoint or what a training would start with, or, without sources, this machine: ``groundup doctor``.
+
+    Returns:
+        checks (name, group, passed, measured, expected, advice, culprit, details), passed, failed, culprits.
+    """
+    with progress() as shown:
+        return doctor_recipe.doctor(_names(sources), _settings(DOCTOR_GROUPS, options), shown.say)
 
 
 def _names(sources: Sources) -> list[str]:

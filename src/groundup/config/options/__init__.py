@@ -7,6 +7,7 @@ where they have one; where a name is ours or a default differs, ``why`` says so.
 """
 
 from groundup.config.options.commands import (
+    DoctorOptions,
     DrawingOptions,
     EvaluationOptions,
     ExportOptions,
@@ -42,6 +43,7 @@ TRAIN_GROUPS = (
     MachineOptions,
     SpeedOptions,
 )
+DOCTOR_GROUPS = (DoctorOptions, *TRAIN_GROUPS)
 EVALUATE_GROUPS = (EvaluationOptions, WeightsOptions, MachineOptions)
 GENERATE_GROUPS = (GenerationOptions, WeightsOptions, MachineOptions)
 SCORE_GROUPS = (ScoreOptions, WeightsOptions, MachineOptions)
@@ -61,6 +63,7 @@ COMMANDS = {
     "import": IMPORT_GROUPS,
     "export": EXPORT_GROUPS,
     "schedule": SCHEDULE_GROUPS,
+    "doctor": DOCTOR_GROUPS,
     "report": REPORT_GROUPS,
     "watch": WATCH_GROUPS,
     "lab": LAB_GROUPS,
@@ -68,6 +71,7 @@ COMMANDS = {
 
 __all__ = [
     "COMMANDS",
+    "DOCTOR_GROUPS",
     "EVALUATE_GROUPS",
     "EXPORT_GROUPS",
     "GENERATE_GROUPS",
@@ -82,6 +86,7 @@ __all__ = [
     "BatchOptions",
     "CodeOptions",
     "DataOptions",
+    "DoctorOptions",
     "DrawingOptions",
     "EvaluationOptions",
     "ExportOptions",

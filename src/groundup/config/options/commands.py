@@ -168,12 +168,13 @@ class DoctorOptions:
 
     checks: tuple[str, ...] = option(
         (),
-        "Do these checks alone, by name or by group (repeatable): machine, data, model, gradients, learning, run.",
+        "Do these checks alone, by name or by group (repeatable): machine, data, model, gradients, learning, equivalence, run.",
         why="ours",
     )
     verify_resume: bool = option(
         False, "Also train a few steps, stop, go on, and compare with training that was not stopped.", why="ours"
     )
+    picture: str = option("", "Draw the learning-rate range test into this .png.", why="ours")
 
 
 @dataclass(frozen=True)
