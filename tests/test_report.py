@@ -375,12 +375,14 @@ def test_runs_of_the_same_name_are_told_apart():
 
 
 def test_what_differs_is_compared_and_losses_of_other_vocabularies_are_not(tmp_path):
-    one = run_data(make_run(tmp_path / "one", GOOD_COURSE, learning_rate=0.1, same=1))
+    one = run_data(make_run(tmp_path / "one", GOOD_COURSE, learning_rate=0.1, same=1, source=[]))
     two = run_data(make_run(tmp_path / "two", OVERFITTED, learning_rate=0.2, same=1, seed=3))
     found = page_data([one, two])["differences"]
     assert [(row["name"], row["values"]) for row in found["config"]] == [("learning_rate", [0.1, 0.2]), ("seed", [None, 3])]
     best = {row["name"]: row["best"] for row in found["results"]}
     assert best["best validation loss"] == 0
+    assert page_data([two, one])["verdict"] == "Best: one, with 0.793 bits per byte on validation; two 0.902."
+    assert "Fewer than two" in page_data([one, run_data(make_run(tmp_path / "three", []))])["verdict"]
     assert best["skipped steps"] is None
     two["data"] = {"vocab_size": 99}
     best = {row["name"]: row["best"] for row in page_data([one, two])["differences"]["results"]}

@@ -17,9 +17,33 @@ def differences(runs: Sequence[Mapping[str, Any]]) -> dict[str, ROWS]:
         config: the options that are not the same in all; results: the figures of each, the best one's ``best``.
     """
     keys = list(dict.fromkeys(key for run in runs for key in run["config"]))
-    config = [_row(key, [run["config"].get(key) for run in runs]) for key in keys]
+    # An option that is not there, and one that is empty, are the same.
+    empty: tuple[Any, ...] = ("", [])
+    told = [{key: None if value in empty else value for key, value in run["config"].items()} for run in runs]
+    config = [_row(key, [options.get(key) for options in told]) for key in keys]
     changed = [row for row in config if any(value != row["values"][0] for value in row["values"])]
     return {"config": changed, "results": _results(runs)}
+
+
+def verdict(runs: Sequence[Mapping[str, Any]]) -> str:
+    """
+    Which run is the best, in words; by bits per byte, which runs with different tokenizers have in common.
+
+    Args:
+        runs: as ``run_data`` makes them, with their ``label``.
+    """
+    found = [(run["totals"]["best_evaluation"] or {}).get("bits_per_byte") for run in runs]
+    there = sorted((bits, run["label"]) for bits, run in zip(found, runs, strict=True) if bits is not None)
+    if len(there) < 2:
+        return "Fewer than two of these runs were evaluated, so none is called the best: set --eval-steps."
+    (best, name), *others = there
+    text = (
+        f"Best: {name}, with {best:.3f} bits per byte on validation; "
+        + ", ".join(f"{n} {bits:.3f}" for bits, n in others)
+        + "."
+    )
+    texts = {str(run["data"].get("splits", {}).get("validation", {}).get("bytes")) for run in runs}
+    return text + (" Their validation texts are not the same, so this may be the text's doing." if len(texts) > 1 else "")
 
 
 def _results(runs: Sequence[Mapping[str, Any]]) -> ROWS:

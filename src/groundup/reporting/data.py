@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from groundup.reporting.compare import differences
+from groundup.reporting.compare import differences, verdict
 from groundup.reporting.facts import (
     SAMPLES,
     data_summary,
@@ -108,7 +108,9 @@ def page_data(
     labels = labels_of([run["path"] for run in runs])
     shown = [{**run, "label": label, "findings": [*(findings or {}).get(run["path"], ())]}
              for run, label in zip(runs, labels, strict=True)]  # fmt: skip
-    return {"runs": shown, "differences": differences(shown) if len(shown) > 1 else None}
+    if len(shown) < 2:
+        return {"runs": shown, "differences": None, "verdict": ""}
+    return {"runs": shown, "differences": differences(shown), "verdict": verdict(shown)}
 
 
 def labels_of(paths: Sequence[str]) -> list[str]:

@@ -59,11 +59,12 @@ class HeatMap {
   }
 
   legend() {
+    const all = this.values.flat().filter((value) => value != null);
     const canvas = element("canvas", { width: 100, height: 1, "aria-hidden": "true" });
     const context = canvas.getContext("2d");
     for (let x = 0; x < 100; x++) { context.fillStyle = heat(x / 99); context.fillRect(x, 0, 1, 1); }
     const text = this.any
-      ? `${figure(this.low)} (${this.where(this.low)}) to ${figure(this.high)} (${this.where(this.high)})${this.log ? ", logarithmic" : ""}; crossed out: not finite`
+      ? `${figure(this.low)} (${this.where(this.low)}) to ${figure(this.high)} (${this.where(this.high)})${this.log ? ", logarithmic" : ""}${all.length < this.blocks.length * this.steps.length ? "; crossed out: not finite" : ""}`
       : "no finite value";
     return element("div", { class: "scale" }, canvas, element("span", {}, text));
   }

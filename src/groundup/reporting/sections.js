@@ -14,7 +14,7 @@ function nameOf(run, runs) {
   return element("h3", { class: "name" }, runs.length > 1 ? key({ ...own, width: 2.4 }) : null, run.label);
 }
 
-function drawStory(runs) {
+function drawStory(runs, verdict) {
   const cards = runs.map((run) => {
     const [headline, ...lines] = run.story;
     return element("article", { class: "card" },
@@ -23,7 +23,7 @@ function drawStory(runs) {
       element("ul", {}, lines.map((line) => element("li", {}, element("span", { class: line.tone }, SIGNS[line.tone], line.text)))),
       element("div", { class: "tiles" }, tiles(run).map(([value, name]) => element("div", { class: "tile" }, element("b", {}, value), element("span", {}, name)))));
   });
-  section("story", [element("div", { class: runs.length > 1 ? "cards" : "" }, cards)]);
+  section("story", [verdict ? element("p", { class: "headline" }, verdict) : null, element("div", { class: runs.length > 1 ? "cards" : "" }, cards)].filter((part) => part));
 }
 
 function tiles(run) {
@@ -90,7 +90,7 @@ function drawEvents(runs) {
 }
 
 function drawSetup(runs) {
-  section("setup", runs.map((run) => {
+  const cards = runs.map((run) => {
     const { machine, data, config } = run;
     const rows = [["folder", run.path]];
     if (run.state.updated) rows.push(["last written", run.state.updated.replace("T", " ").replace("+00:00", " UTC")]);
@@ -105,5 +105,6 @@ function drawSetup(runs) {
     return element("div", { class: "card" }, runs.length > 1 ? nameOf(run, runs) : null,
       table(["", ""], rows, "Machine and data"),
       folded(`config-${run.path}`, "All options", () => table(["option", "value"], Object.entries(config).map(([name, value]) => [name, text(value)]), "Options")));
-  }));
+  });
+  section("setup", [element("div", { class: runs.length > 1 ? "cards" : "" }, cards)]);
 }

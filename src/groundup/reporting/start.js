@@ -19,7 +19,7 @@ function draw(anew) {
   document.getElementById("title").textContent = runs.map((run) => run.label).join(" · ");
   if (anew) drawn.clear();
   const of = (...names) => runs.map((run) => [run.label, ...names.map((name) => run[name])]);
-  part("story", of("story", "totals"), () => drawStory(runs));
+  part("story", of("story", "totals"), () => drawStory(runs, data.verdict));
   part("results", differences, () => drawResults(runs, differences));
   part("findings", of("findings"), () => drawFindings(runs));
   part("curves", of("train", "evaluations", "events"), () => drawCharts(runs, anew));
