@@ -2,7 +2,7 @@
 
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from groundup.diagnostics.check import Check, failed
 from groundup.diagnostics.examine import GROUPS, Examination, examine
 from groundup.diagnostics.fitting import Curve, entropy_of_continuations
 from groundup.diagnostics.learning_rate import read_range
+from groundup.diagnostics.overfit import _need
 from groundup.errors import ConfigError
 from tests.planted import LeakyAttention, new_model, optimizer, sound, tokens
 
@@ -478,15 +479,28 @@ def test_more_is_not_asked_of_a_batch_than_it_can_give():
 def test_the_range_is_read_from_where_the_loss_falls():
     rates = tuple(10.0**k for k in range(-6, 2))
     found = read_range(Curve(rates, (5.0, 5.0, 5.0, 5.0, 4.0, 2.0, 1.0, 6.0, float("inf")), (1.0,) * 8, 0.0))
-    assert found.high == pytest.approx(0.1 / 3, rel=0.01) or found.high == pytest.approx(1 / 3, rel=0.01)
-    assert 1e-4 <= found.low <= 1e-3
+    assert (found.low, found.high) == (pytest.approx(1e-3), pytest.approx(1 / 3))
     assert read_range(Curve((), (5.0,), (), 0.0)).rates == ()
 
 
-def test_warmup_is_called_for_where_it_helps_and_is_missing():
-    made = replace(sound(n_embd=64, n_layer=3, learning_rate=0.03, norm_position="post"), warmup_steps=0)
-    check = by_name(examine(made, only=["learning"]))["warmup"]
-    assert "at 0.03 the loss rises by" in check.measured or "something else is wrong" in check.measured
+CALM = Curve((0.1,) * 3, (4.0, 3.0, 2.0, 1.5), (1.0, 1.0, 1.0), 0.0)
+WILD = Curve((0.1,) * 3, (4.0, 2.0, 3.0, 1.5), (1.0, 9.0, 1.0), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("without", "with_it", "has", "passed", "words"),
+    [
+        (CALM, CALM, 0, True, "not needed: at 0.1 the loss rises by 0"),
+        (WILD, CALM, 0, False, "needed: at 0.1 the loss rises by 1, with it by 0; largest gradient norm 9, median 1"),
+        (WILD, CALM, 100, True, "needed"),
+        (WILD, CALM, None, None, "needed"),
+        (WILD, WILD, 0, True, "makes no difference"),
+    ],
+)
+def test_warmup_is_called_for_where_it_helps_and_is_missing(without, with_it, has, passed, words):
+    check = _need("warmup", 0.1, without, with_it, has, "warm up")
+    assert (check.passed, check.advice) == (passed, "warm up" if passed is False else "")
+    assert check.measured.startswith(words)
 
 
 def test_blocks_and_families_are_found_by_structure():

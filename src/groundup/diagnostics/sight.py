@@ -8,7 +8,7 @@ from groundup.diagnostics.check import Check
 from groundup.diagnostics.subject import Subject
 
 LOOKED_AT = 16
-"""Positions whose influence on each other is measured, by a pass for each."""
+"""Positions whose influence on each other is measured; each is a window of a pass."""
 SEEN = 1e-9
 """Relative change of a score from which on it counts as moved, in float64, whose rounding is 1e-16 an operation."""
 SEEN_FLOAT32 = 1e-4
@@ -30,15 +30,15 @@ def influences(model: nn.Module, scores: Scores, inputs: Tensor) -> tuple[Tensor
     others = torch.arange(T, device=inputs.device)
     variants = inputs.repeat(T, 1)  # (T, T)
     variants[others, others] = _another(inputs[0])
-    # Each window alone: were windows mixed up, they would seem to leak.
-    alone = torch.cat([scores(model, window[None]) for window in (inputs[0], *variants)])
-    moves = (alone[1:] - alone[:1]).nan_to_num(0.0).abs().amax(-1)  # (p, t)
-    largest = float(moves.max())
-    together = [
-        scores(model, torch.cat(pair))[row] for row, pair in enumerate([(inputs, variants[:1]), (variants[:1], inputs)])
-    ]
-    mixed = max(float((window - alone[0]).nan_to_num(0.0).abs().max()) for window in together)
-    return moves / (largest or 1.0), mixed > SEEN_FLOAT32 * largest
+    pairs = [(inputs, variants[:1]), (variants[:1], inputs)]
+    alone = scores(model, inputs)[0]
+    together = [scores(model, torch.cat(pair))[row] for row, pair in enumerate(pairs)]
+    beside = max(float((window - alone).nan_to_num(0.0).abs().max()) for window in together)
+    mixed = beside > SEEN_FLOAT32 * float(alone[alone.isfinite()].abs().max())
+    # Were windows mixed up, they would seem to leak: then each goes alone, which takes longer.
+    passes = [variants[p : p + 1] for p in range(T)] if mixed else [variants]
+    moves = torch.cat([(scores(model, part) - alone).nan_to_num(0.0).abs().amax(-1) for part in passes])  # (p, t)
+    return moves / (float(moves.max()) or 1.0), mixed
 
 
 def _another(tokens: Tensor) -> Tensor:
