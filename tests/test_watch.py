@@ -388,15 +388,18 @@ def test_a_fault_of_ours_is_said_in_one_line_and_the_server_lives(tmp_path):
         server.stop()
 
 
-def test_a_long_answer_does_not_keep_ctrl_c_from_ending(run, tmp_path):
+@pytest.mark.slow
+def test_a_long_answer_does_not_keep_ctrl_c_from_ending(run):
     script = """if True:
-        import sys, time
+        import sys
         from groundup.recipes import watch
         from groundup.cli.main import run
         class Slow:
             def next(self, asked):
+                import torch
                 print("asked", flush=True)
-                time.sleep(60)
+                while True:
+                    torch.ones(300, 300) @ torch.ones(300, 300)
         watch._token_view = lambda *more: Slow()
         sys.exit(run(sys.argv[1:]))
     """
@@ -415,7 +418,7 @@ def test_a_long_answer_does_not_keep_ctrl_c_from_ending(run, tmp_path):
     _, err = process.communicate(timeout=50)
     assert process.returncode == 0
     assert time.monotonic() - started < 30
-    assert "Traceback" not in err
+    assert err.count("\n") == 1, "the line with ssh, and nothing of a library that is taken down"
 
 
 # --- a thousand malformed requests ---

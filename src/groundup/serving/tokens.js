@@ -219,9 +219,9 @@ function showSurprise(answer) {
 function showPiece(piece, tokens, place) {
   const bits = tokens.reduce((sum, token) => sum + token.bits, 0);
   const shown = element("span", `token piece level-${level(bits)}`);
-  // A line break has no width: a sign stands for it, and the break itself comes after.
-  const breaks = piece.text.match(/\n+$/);
-  shown.append(element("span", "", piece.text.replace(/\n/g, "↵")), element("span", "bits", bits.toFixed(1)));
+  // A line break has no width: a sign stands for it, and the break itself comes after, before the rest of the piece.
+  const [, head, rest] = piece.text.match(/^((?:[^]*\n)?)([^]*)$/);
+  shown.append(element("span", "", head ? head.replace(/\n/g, "↵") : rest), element("span", "bits", bits.toFixed(1)));
   shown.tabIndex = place === 0 ? 0 : -1; // one stop of the tab key; arrows go on from there
   shown.setAttribute("role", "button");
   shown.setAttribute("aria-label", `${piece.text}: ${bits.toFixed(1)} bits`);
@@ -236,7 +236,7 @@ function showPiece(piece, tokens, place) {
     to.tabIndex = 0;
     to.focus();
   });
-  return breaks ? [shown, document.createTextNode("\n")] : [shown];
+  return head ? [shown, document.createTextNode("\n"), element("span", "token", rest)] : [shown];
 }
 
 function showDetail(shown, piece, tokens, bits) {
@@ -279,9 +279,13 @@ for (const kind of ["own", "usual"])
   });
 by("look").addEventListener("click", look);
 by("numbers").addEventListener("change", () => by("surprise").classList.toggle("numbered", by("numbers").checked));
-by("theme").addEventListener("click", () => {
-  const dark = getComputedStyle(document.documentElement).colorScheme === "dark" ||
-    (document.documentElement.style.colorScheme === "" && matchMedia("(prefers-color-scheme: dark)").matches);
-  document.documentElement.style.colorScheme = dark ? "light" : "dark";
-});
+const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+function setTheme(dark) {
+  document.documentElement.style.colorScheme = dark ? "dark" : "light";
+  by("theme").textContent = dark ? "Light" : "Dark";
+  by("theme").setAttribute("aria-label", `Switch to ${dark ? "light" : "dark"} colours`);
+}
+setTheme(prefersDark.matches);
+prefersDark.addEventListener("change", (event) => setTheme(event.matches));
+by("theme").addEventListener("click", () => setTheme(by("theme").textContent === "Dark"));
 next(false);
