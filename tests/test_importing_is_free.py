@@ -108,6 +108,7 @@ LIGHT = {
     "groundup.data.prepare": {"torch", "matplotlib", "pyarrow", "transformers"},
     "groundup.recipes.prepare": {"torch", "matplotlib", "pyarrow", "transformers"},
     "groundup.tokenizer.tokenizer": {"torch", "transformers", "pyarrow"},
+    "groundup.recipes.watch": {"torch", "matplotlib", "starlette", "uvicorn"},
 }
 
 

@@ -236,7 +236,8 @@ function showPiece(piece, tokens, place) {
     to.tabIndex = 0;
     to.focus();
   });
-  return head ? [shown, document.createTextNode("\n"), element("span", "token", rest)] : [shown];
+  const breaks = "\n".repeat(head.split("\n").length - 1);
+  return head ? [shown, document.createTextNode(breaks), element("span", "token", rest)] : [shown];
 }
 
 function showDetail(shown, piece, tokens, bits) {
