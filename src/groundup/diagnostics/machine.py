@@ -41,32 +41,38 @@ Largest error of an entry, relative to its size and the entries' standard deviat
 """
 
 
-def examine_machine(machine: Machine, folder: Path) -> Iterator[Check]:
+NAMES = (
+    "python", "gpu_build", "device", "precision", "compiler", "memory", "disk", "threads", "matrix_product", "attention",
+    "memory_bandwidth",
+)  # fmt: skip
+
+
+def examine_machine(machine: Machine, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Check]:
     """
     Everything about this machine, as it is found.
 
     Args:
         machine: the device and precision that a training would take.
         folder: where something would be written; it need not exist.
+        wanted: which checks to make, by name.
     """
-    gpu = find_gpu()
-    yield _python()
-    yield wheel_check(gpu, installed_build(), torch.cuda.is_available())
-    yield Check("device", "machine", True, machine.reason, "the fastest device that torch can use, in a precision that it has")
-    yield _precision(machine)
-    yield _compiler(machine)
-    yield _memory(machine)
-    yield _disk(folder)
-    yield _threads()
-    yield _product(machine)
-    yield _attention(machine)
-    yield _bandwidth(machine)
-
-
-NAMES = (
-    "python", "gpu_build", "device", "precision", "compiler", "memory", "disk", "threads", "matrix_product", "attention",
-    "memory_bandwidth",
-)  # fmt: skip
+    device = "the fastest device that torch can use, in a precision that it has"
+    make: dict[str, Callable[[], Check]] = {
+        "python": _python,
+        "gpu_build": lambda: wheel_check(find_gpu(), installed_build(), torch.cuda.is_available()),
+        "device": lambda: Check("device", "machine", True, machine.reason, device),
+        "precision": lambda: _precision(machine),
+        "compiler": lambda: _compiler(machine),
+        "memory": lambda: _memory(machine),
+        "disk": lambda: _disk(folder),
+        "threads": _threads,
+        "matrix_product": lambda: _product(machine),
+        "attention": lambda: _attention(machine),
+        "memory_bandwidth": lambda: _bandwidth(machine),
+    }
+    for name in NAMES:
+        if wanted(name):
+            yield make[name]()
 
 
 def find_gpu() -> Gpu | None:

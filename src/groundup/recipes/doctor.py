@@ -128,11 +128,11 @@ def _checks(sources: Sequence[str], settings: Settings, chosen: Chosen, say: Say
     """Every check that was asked for, as it is made."""
     if not sources and not settings[DataOptions].source:
         machine = machine_for(settings[MachineOptions], training=True, speed=settings[SpeedOptions])
-        yield from (check for check in examine_machine(machine, Path.cwd()) if chosen.has(check.name))
+        yield from examine_machine(machine, Path.cwd(), chosen.has)
         return
     if "machine" in chosen.names or chosen.names & set(NAMES["machine"]):
         machine = machine_for(settings[MachineOptions], training=True, speed=settings[SpeedOptions])
-        yield from (check for check in examine_machine(machine, Path.cwd()) if chosen.has(check.name))
+        yield from examine_machine(machine, Path.cwd(), chosen.has)
     if not any(chosen.any_of(group) for group in NAMES if group != "machine"):
         return
     with open_case(sources, settings, say) as case:
