@@ -121,7 +121,7 @@ def measured_speed(case: Case) -> float:
 
 
 def loader_speed(case: Case) -> float:
-    """Tokens per second of reading windows, without training: the quickest of many reads, because other work only slows them."""
+    """Tokens per second of reading windows, without training: the quickest of many reads; other work only slows them."""
     samples, best, begun = case.training.course.samples, float("inf"), time.perf_counter()
     first = 0
     while best == float("inf") or time.perf_counter() - begun < LOADER_SECONDS:
