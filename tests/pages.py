@@ -160,7 +160,7 @@ def _run_outside(line: str) -> tuple[int, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", "-e", "-o", "pipefail", "-c", line], env={**os.environ, "PATH": path}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=120, check=False,
+        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=240, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout.decode(errors="replace")
 

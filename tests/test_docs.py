@@ -23,6 +23,8 @@ NOT_RUN = [
     ("first-model.md", "installs"),
     ("gpt2-in-one-afternoon.md", "downloads OpenAI's weights"),
     ("gpt2-in-one-afternoon.md", "hours on a GPU, and gigabytes of text"),
+    ("when-training-goes-wrong.md", "it stays until Ctrl-C"),
+    ("when-training-goes-wrong.md", "a minute or two of training"),
 ]
 
 
