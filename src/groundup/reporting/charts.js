@@ -102,8 +102,10 @@ class Chart {
     this.place.setAttribute("aria-label", this.words());
     const data = uPlot.join(this.lines.map((line) => [line.x, line.y]));
     const names = this.lines.map((line) => line.name).join("\n");
-    if (this.plot && !anew && names === this.names) this.plot.setData(data, !this.enlarged());
-    else this.build(data);
+    if (this.plot && !anew && names === this.names) {
+      this.plot.setData(data, !this.enlarged());
+      this.plot.setLegend({ idx: this.plot.cursor.idx ?? null });
+    } else this.build(data);
     this.names = names;
     this.numbers.replaceChildren(folded(`numbers-${this.chart.id}`, "As a table", () => this.table()));
   }
@@ -139,7 +141,7 @@ class Chart {
         ...this.lines.map((line) => ({
           label: line.name, stroke: line.faint ? faint(line.colour) : line.colour, width: line.width, dash: line.dash,
           points: { show: line.y.filter((y) => y != null).length === 1 && !line.shape }, class: line.faint ? "quiet" : "line",
-          value: (plot, value, series, index) => figure(index == null ? lastOf(line.y) : nearest(plot, series, index)),
+          value: (plot, value, series, index) => figure(index == null ? lastOf(this.lines[series - 1].y) : nearest(plot, series, index)),
         })),
       ],
       hooks: { draw: [(plot) => this.overlay(plot)], init: [(plot) => this.legend(plot)] },
