@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from groundup.lab.experiment import Experiment, Part, Results, against, is_lower
-from groundup.lab.pictures import EVEN_GUESS, guess_line, lines
+from groundup.lab.pictures import EVEN_GUESS, curves, guess_line, lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,14 +54,23 @@ def says(results: Results) -> list[Part]:
 
 
 def draw(results: Results, figure: "Figure") -> None:
-    """Where each batch ends, and how the tokens were spent."""
+    """Curves over the bytes that were read, and where each batch ends."""
     left, right = figure.subplots(1, 2)
-    for axes, key, label in ((left, "final_loss", "validation loss at the end"), (right, "seconds", "seconds of training")):
-        lines(axes, {r: {b: results.spread(name(r, b), key) for b in BATCHES} for r in RULES}, top=EVEN_GUESS * 1.25)
-        axes.set(xlabel="bytes in a step", ylabel=label)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(BATCHES, [f"{batch:,}" for batch in BATCHES])
-    guess_line(left)
+    read = {
+        f"batch {batch:,}": {
+            seed: {**run, "bytes": [step * batch for step in run["eval_step"]]}
+            for seed, run in results.runs[name(RULES[0], batch)].items()
+        }
+        for batch in BATCHES
+    }
+    curves(left, Results(read), list(read), "bytes", top=EVEN_GUESS * 1.25)
+    left.set(xlabel="bytes read, at one rate", ylabel="validation loss (nats per byte)")
+    series = {rule: {float(batch): results.spread(name(rule, batch), "final_loss") for batch in BATCHES} for rule in RULES}
+    lines(right, series, top=EVEN_GUESS * 1.25)
+    right.set(xlabel="bytes in a step", ylabel="validation loss at the end")
+    right.set_xscale("log", base=2)
+    right.set_xticks(BATCHES, [f"{batch:,}" for batch in BATCHES])
+    guess_line(right)
 
 
 EXPERIMENT = Experiment(

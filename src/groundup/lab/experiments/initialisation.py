@@ -17,15 +17,16 @@ def says(results: Results) -> list[Part]:
     """The first loss against ln V, and what a bad start costs at the end."""
     first = {setting: results.spread(setting, "initial_loss") for setting in results.settings}
     ends = {setting: results.spread(setting, "final_loss") for setting in results.settings}
-    near = abs(first[GPT2].mean - EVEN_GUESS) < 0.1
+    near = abs(first[GPT2].mean - EVEN_GUESS) < 0.1  # nats
     learned = Spread(tuple(a - b for a, b in zip(first[ZERO].values, ends[ZERO].values, strict=True)))
     stuck = learned.mean < 0.5
     best = results.best("final_loss", (GPT2, *OTHERS))
     worst = max((GPT2, *OTHERS), key=lambda setting: ends[setting].mean)
     return [
         Part(
-            f"GPT-2's small weights begin at a loss of {first[GPT2]}, where guessing evenly is ln 257 = {EVEN_GUESS:.3f}, and "
-            f"end at {ends[GPT2]}.",
+            f"GPT-2's small weights begin at a loss of {first[GPT2]}, where guessing evenly is ln 257 = {EVEN_GUESS:.3f} "
+            f"({abs(first[GPT2].mean - EVEN_GUESS):.2f} {'above' if first[GPT2].mean > EVEN_GUESS else 'below'} it, "
+            f"{'less' if near else 'more'} than 0.1 away), and end at {ends[GPT2]}.",
             near,
         ),
         Part(

@@ -26,12 +26,12 @@ def says(results: Results) -> list[Part]:
             f"{lowest[NONE]} at its best: " + ("it overfits." if overfits else "it does not overfit.")
         ),
         Part(
-            f"Of the decoupled decays {decoupled.split()[1]} is best: {ends[decoupled]} "
+            f"Of the decoupled decays {at(decoupled, DECOUPLED)} is best: {ends[decoupled]} "
             f"({against(ends[decoupled], ends[NONE])}).",
             is_lower(ends[decoupled], ends[NONE]),
         ),
         Part(
-            f"Of the coupled ones {coupled.split()[1]} is best: {ends[coupled]} (than none "
+            f"Of the coupled ones {at(coupled, COUPLED)} is best: {ends[coupled]} (than none "
             f"{against(ends[coupled], ends[NONE])}; than decoupled {against(ends[coupled], ends[decoupled])}).",
             is_lower(ends[decoupled], ends[coupled]),
         ),
@@ -42,12 +42,17 @@ def says(results: Results) -> list[Part]:
     ]
 
 
+def at(best: str, tried: tuple[str, ...]) -> str:
+    """The best decay, and whether a larger one might have been better still."""
+    return best.split()[1] + (", the largest tried," if best == tried[-1] else "")
+
+
 def draw(results: Results, figure: "Figure") -> None:
     """Validation curves, and the ends."""
     left, right = figure.subplots(1, 2)
     chosen = [NONE, results.best("final_loss", DECOUPLED), results.best("final_loss", COUPLED)]
     curves(left, results, chosen)
-    left.set(xlabel="optimizer steps", ylabel="validation loss (nats per byte)", ylim=(None, 4.0))
+    left.set(xlabel="optimizer steps", ylabel="validation loss (nats per byte)", ylim=(None, 4.6))
     dots(right, {setting: results.spread(setting, "final_loss") for setting in results.settings})
     right.set(xlabel="validation loss at the end")
 
