@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import groundup.diagnostics as diagnostics
 from groundup.diagnostics.bench import IGNORED, blocks_of, family
 from groundup.diagnostics.check import Check, failed
-from groundup.diagnostics.examine import GROUPS, Examination, examine
+from groundup.diagnostics.examination import GROUPS, Examination, examine
 from groundup.diagnostics.fitting import Curve, entropy_of_continuations
 from groundup.diagnostics.learning_rate import read_range
 from groundup.diagnostics.overfit import _need

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import groundup.diagnostics as diagnostics
 from groundup.diagnostics.check import failed
-from groundup.diagnostics.examine import culprits, examine
+from groundup.diagnostics.examination import culprits, examine
 from tests.planted import FAULTS, HEALTHY, DetachedMLPBlock, residual_detached, sound, tokens
 
 SLOW = (

@@ -14,7 +14,7 @@ from groundup.cli.main import run as command
 from groundup.config.load import Given, Settings, resolve
 from groundup.config.options import DOCTOR_GROUPS, ModelOptions, OptimizerOptions
 from groundup.diagnostics.check import Check
-from groundup.diagnostics.examine import examine
+from groundup.diagnostics.examination import examine
 from groundup.diagnostics.subject import gpt2_subject
 from groundup.errors import ConfigError
 from groundup.model.gpt2 import GPT2, GPT2Config

@@ -15,7 +15,7 @@ from groundup.data.sources import RUN_HEADER
 from groundup.reporting.data import POINTS, RunReader, labels_of, page_data, run_data
 from groundup.reporting.rows import KEPT_HEALTH, Metrics, Tail
 from groundup.reporting.thin import chosen, rounded, smoothed
-from groundup.reporting.totals import overfitting, still_falling
+from groundup.reporting.totals import still_falling
 from groundup.runtime.files import exclusive, replace_durably
 from groundup.tracking.metrics import append_row, rewind
 from tests.conftest import TINY, make_text
@@ -194,18 +194,6 @@ def test_numbers_are_rounded_to_digits_that_count():
 
 
 # --- how a run went ---
-
-
-def test_overfitting_begins_where_validation_turns_while_training_falls():
-    steps, losses = np.arange(1.0, 101), np.linspace(4, 1, 100)
-    evaluations = [(20, 3.0), (40, 2.5), (60, 2.6), (80, 2.7), (100, 2.9)]
-    assert overfitting(evaluations, steps, losses) == {"step": 40, "loss": 2.5, "rose_to": 2.9}
-    # Training loss rose as well: that is another illness.
-    assert overfitting(evaluations, steps, np.linspace(1, 4, 100)) is None
-    # A rise of 0.4 %, one evaluation alone, or a lower one later are noise.
-    assert overfitting([(20, 3.0), (40, 2.5), (60, 2.505), (80, 2.51)], steps, losses) is None
-    assert overfitting([(20, 3.0), (40, 2.5), (60, 2.9)], steps, losses) is None
-    assert overfitting([(20, 3.0), (40, 2.5), (60, 2.9), (80, 2.4), (100, 2.3)], steps, losses) is None
 
 
 def test_a_loss_that_still_falls_is_told_from_one_that_stands():

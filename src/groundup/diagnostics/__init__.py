@@ -25,7 +25,7 @@ __all__ = ["Check", "Report", "Subject", "check", "examine", "failed", "gpt2_sub
 _LATE = {
     "Report": "groundup.diagnostics.api",
     "Subject": "groundup.diagnostics.subject",
-    "examine": "groundup.diagnostics.examine",
+    "examine": "groundup.diagnostics.examination",
     "gpt2_subject": "groundup.diagnostics.subject",
 }
 

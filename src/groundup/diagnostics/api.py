@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from groundup.diagnostics.check import Check, failed
-from groundup.diagnostics.examine import culprits, examine
+from groundup.diagnostics.examination import culprits, examine
 from groundup.diagnostics.subject import Forward, Loss, MakeOptimizer, Subject, gpt2_scores
 from groundup.errors import ConfigError
 from groundup.model.gpt2 import GPT2

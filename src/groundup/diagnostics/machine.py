@@ -112,8 +112,8 @@ def _precision(machine: Machine) -> Check:
     half = _speed(_square(MATRIX, torch.bfloat16, device)) if small > single / 50 else small
     ratio = half / single
     chosen = str(machine.dtype).removeprefix("torch.")
-    measured = f"bf16 products at {half / 1e9:,.0f} GFLOP/s, float32 at {single / 1e9:,.0f}: {ratio:.2g} times as fast; "
-    measured += f"a training takes {chosen}"
+    measured = f"bf16 products at {half / 1e9:,.0f} GFLOP/s, float32 at {single / 1e9:,.0f}: {ratio:,.1f} times as fast; "
+    measured += f"training would take {chosen}"
     expected = "the faster of the two is taken"
     slow = machine.dtype != torch.float32 and ratio < 0.8
     missed = machine.dtype == torch.float32 and ratio > 2.0 and not machine.tf32

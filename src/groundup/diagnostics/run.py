@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from groundup.diagnostics.check import Check
-from groundup.training.spikes import MAD_TO_STANDARD_DEVIATION, judge
+from groundup.evaluation.curves import RISE, Series, noise, turned
+from groundup.training.spikes import judge
 
 Rows = Sequence[Mapping[str, Any]]
-Series = npt.NDArray[np.float64]
 
 LEAST_ROWS = 10
 """With fewer points nothing is said of a curve."""
@@ -32,8 +31,6 @@ FLAT_SHARE = 0.005
 """A loss that falls by less than this over the last part of a run stands still; healthy runs of 500 steps fell by 3 % or so."""
 PEAK_SHARE = 0.4
 """Where the learning rate is below this share of its peak, a loss may well stand still."""
-OVERFIT_SHARE, OVERFIT_AT_ONCE = 0.01, 0.03
-"""Validation has turned where its last loss is so far above its lowest: with two evaluations since then, or with one."""
 SPIKE_SHARE, SPIKES = 0.002, 2
 """More spikes than this share of the steps, and than so many, are no accident: PaLM's training had about 20 in all (Chowdhery
 et al. 2022, section 5.1)."""
@@ -124,7 +121,7 @@ def divergence_check(rows: Rows, facts: RunFacts) -> Check:
     best = int(np.argmin(smooth))
     rise, gained = float(smooth[-1] - smooth[best]), float(smooth.max() - smooth[best])
     # The standard error of a median is 1.25 σ / √n; two are compared, and the lower was chosen among many.
-    bound = max(RISE_SHARE * gained, 5 * 1.25 * _noise(losses) * math.sqrt(2 / width))
+    bound = max(RISE_SHARE * gained, 5 * 1.25 * noise(losses) * math.sqrt(2 / width))
     if smooth[-1] > 1.1 * math.log(facts.vocab_size) and best < len(smooth) - 1:
         bound = min(bound, 0.0)
     passed = rise <= bound
@@ -170,7 +167,7 @@ def plateau_check(rows: Rows, facts: RunFacts) -> Check:
         since = losses[steps >= 0.4 * eval_steps[-1]]
         # Where the training loss falls, or validation rises, it does not stand still: that is overfitting.
         since_fall, since_error = _fall(since) if len(since) >= 3 else (0.0, 0.0)
-        falling = since_fall > 0.02 * level + 2 * since_error or late[-1] > (1 + OVERFIT_SHARE) * late.min()
+        falling = since_fall > 0.02 * level + 2 * since_error or late[-1] > (1 + RISE) * late.min()
         drop = float(late[0] - late.min())
         if drop < FLAT_SHARE * late[0] and not falling and _rate_share(rows, begin) >= PEAK_SHARE:
             still = True
@@ -188,25 +185,17 @@ def plateau_check(rows: Rows, facts: RunFacts) -> Check:
 
 def overfitting_check(rows: Rows) -> Check:
     """Has validation turned, and where?"""
-    expected = f"a last validation loss less than {OVERFIT_SHARE:.0%} above the lowest"
+    expected = f"a last validation loss less than {RISE:.0%} above the lowest, or a training loss that rose too"
     steps, losses = series(rows, "eval_loss")
     if len(losses) < 3:
         return _check("run_overfitting", None, f"{len(losses)} evaluations", "3 or more", "")
     best = int(np.argmin(losses))
-    after, share = len(losses) - 1 - best, float(losses[-1] / losses[best] - 1)
     measured = (
         f"lowest validation loss {losses[best]:.4f} at step {int(steps[best]):,}, {losses[-1]:.4f} at step {int(steps[-1]):,}"
     )
-    turned = (after >= 2 and share > OVERFIT_SHARE) or (after == 1 and share > OVERFIT_AT_ONCE)
-    details = {"best_step": int(steps[best]), "rise_share": share}
-    if not turned:
+    details = {"best_step": int(steps[best]), "rise_share": float(losses[-1] / losses[best] - 1)}
+    if not turned(steps, losses, *series(rows, "loss")):
         return _check("run_overfitting", True, measured, expected, "", details=details)
-    train_steps, train = series(rows, "loss")
-    before, since = train[train_steps <= steps[best]], train[train_steps > steps[best]]
-    if len(before) and len(since) and np.median(since[-5:]) > np.median(before[-5:]) + 3 * _noise(train):
-        return _check(
-            "run_overfitting", True, f"{measured}; the training loss rose too, so this is not overfitting", expected, ""
-        )
     epochs = [row["epoch"] for row in rows if row.get("step") == steps[best] and _is_number(row.get("epoch"))]
     passes = f" (after {epochs[-1]:.1f} epochs)" if epochs else ""
     advice = (
@@ -358,15 +347,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _noise(values: Series) -> float:
-    """Standard deviation of what is not trend, from the differences of neighbours, robustly."""
-    if len(values) < 3:
-        return 0.0
-    differences = np.diff(values)
-    middle = np.median(differences)
-    return float(MAD_TO_STANDARD_DEVIATION * np.median(np.abs(differences - middle)) / math.sqrt(2))
-
-
 def _rolling_median(values: Series, width: int) -> Series:
     windows = np.lib.stride_tricks.sliding_window_view(values, width)
     medians: Series = np.median(windows, axis=1)
@@ -395,4 +375,4 @@ def _came_back(steps: Series, losses: Series, spike: int) -> bool:
     if len(before) < 5 or len(after) < 10:
         return True
     usual = float(np.median(before))
-    return float(np.median(after[-5:])) <= usual + max(4 * _noise(losses), 0.05 * abs(usual))
+    return float(np.median(after[-5:])) <= usual + max(4 * noise(losses), 0.05 * abs(usual))

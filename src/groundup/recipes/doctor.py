@@ -15,7 +15,7 @@ from groundup.diagnostics import machine as machine_checks
 from groundup.diagnostics import run as run_checks
 from groundup.diagnostics.check import Check, failed
 from groundup.diagnostics.data import examine_data
-from groundup.diagnostics.examine import culprits, examine
+from groundup.diagnostics.examination import culprits, examine
 from groundup.diagnostics.machine import examine_machine
 from groundup.diagnostics.references import Standing, baseline_check, reference_check
 from groundup.diagnostics.run import RunFacts, examine_run, loader_check, series

@@ -76,7 +76,7 @@ class RunReader:
             "path": str(run),
             "rows": len(steps["step"]),
             "state": state,
-            "totals": totals_of(metrics, steps, smooth, events),
+            "totals": totals_of(metrics, steps, events),
             "train": _curves(steps, smooth, points),
             "evaluations": _evaluations(metrics.evaluations, points),
             "health": _health(metrics.health),

@@ -6,16 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from groundup.evaluation.curves import turned
 from groundup.reporting.rows import Metrics
 from groundup.reporting.thin import Numbers, smoothed
 
 END = 1 / 50
 """Of the rows, in the loss at the end; at least ``END_ROWS``."""
 END_ROWS = 5
-RISE = 0.01
-"""Of the lowest validation loss: a rise above it that is no noise."""
-RISES = 2
-"""Evaluations after the lowest, at least, all of them above it."""
 FALL = 0.01
 """Of the loss at the end: a run whose last quarter brought more was still learning."""
 CLIMB = 0.1
@@ -24,16 +21,13 @@ CLIMB_ROWS = 50
 """Losses that say so without an evaluation, at least."""
 
 
-def totals_of(
-    metrics: Metrics, steps: Mapping[str, Numbers], smooth: Numbers, events: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def totals_of(metrics: Metrics, steps: Mapping[str, Numbers], events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     A run in a few numbers, None where there is none.
 
     Args:
         metrics: for its evaluations, spikes and skipped steps.
         steps: the columns, each (N,).
-        smooth: the smoothed loss, (N,).
         events: what was unusual.
     """
     losses, evaluations = steps["loss"], [row for row in metrics.evaluations if not math.isnan(row.get("eval_loss", math.nan))]
@@ -52,7 +46,7 @@ def totals_of(
         "first_evaluation": _evaluation(evaluations[0] if evaluations else None),
         "last_evaluation": _evaluation(evaluations[-1] if evaluations else None),
         "best_evaluation": _evaluation(best),
-        "overfitting": overfitting([(row["step"], row["eval_loss"]) for row in evaluations], steps["step"], smooth),
+        "overfitting": _overfitting(evaluations, steps["step"], losses),
         "still_falling": still_falling([(row["step"], row["eval_loss"]) for row in evaluations]),
         "climbed": climbed(steps["step"], losses, [row["eval_loss"] for row in evaluations]),
         "ends_skipped": bool(metrics.skipped and metrics.skipped[-1] == steps["step"][-1]),
@@ -61,35 +55,6 @@ def totals_of(
         "rollbacks": kinds.count("rollback"),
         "resumes": kinds.count("resume"),
     }
-
-
-def overfitting(evaluations: Sequence[tuple[float, float]], steps: Numbers, losses: Numbers) -> dict[str, Any] | None:
-    """
-    Where a run began to learn its text by heart: validation loss rises while training loss falls.
-
-    The lowest evaluation is where, if all evaluations after it, two at least, are above it, the last by 1 % or more, and
-    the training loss fell meanwhile.
-
-    Args:
-        evaluations: (step, validation loss) in order.
-        steps: of the training losses, (N,).
-        losses: smoothed, (N,).
-
-    Returns:
-        step, validation loss there, and at the end (``rose_to``); None where there is none of it.
-    """
-    if len(evaluations) <= RISES:
-        return None
-    values = [loss for _, loss in evaluations]
-    lowest = min(range(len(values)), key=values.__getitem__)
-    after = values[lowest + 1 :]
-    if len(after) < RISES or min(after) <= values[lowest] or after[-1] < values[lowest] * (1 + RISE):
-        return None
-    there, end = losses[steps <= evaluations[lowest][0]], losses[~np.isnan(losses)]
-    there = there[~np.isnan(there)]
-    if len(there) and end[-END_ROWS:].mean() >= there[-END_ROWS:].mean():
-        return None
-    return {"step": int(evaluations[lowest][0]), "loss": values[lowest], "rose_to": after[-1]}
 
 
 def still_falling(evaluations: Sequence[tuple[float, float]]) -> bool | None:
@@ -125,6 +90,13 @@ def climbed(steps: Numbers, losses: Numbers, evaluations: Sequence[float]) -> di
     if end - means[lowest] < far or (evaluations and evaluations[-1] - min(evaluations) < far):
         return None
     return {"step": int(steps[lowest + half]), "loss": float(means[lowest]), "end": end}
+
+
+def _overfitting(evaluations: Sequence[Mapping[str, float]], steps: Numbers, losses: Numbers) -> dict[str, Any] | None:
+    at, values = (np.array([row[name] for row in evaluations], dtype=np.float64) for name in ("step", "eval_loss"))
+    there = ~np.isnan(losses)
+    turn = turned(at, values, steps[there], losses[there])
+    return None if turn is None else {"step": turn.step, "loss": turn.loss, "rose_to": turn.last}
 
 
 def _end_rows(losses: Numbers) -> int:
