@@ -5,7 +5,8 @@ Does fill-in-the-middle help to fill a line? The same model trained with and wit
 
 In files that neither has seen, one line is taken out. The model trained with fill-in-the-middle sees what is before and after
 it, the other one what is before. The hole begins before the line break, because a break and the indentation after it are one
-token. Both write greedily; what counts is the first line that they write. The result is appended to history/fill.jsonl.
+token. Both write greedily; what counts is the first line that they write, and the loss of the line that was there. The
+result is appended to history/fill.jsonl. Finished trainings in FOLDER are measured again, not trained.
 """
 
 import argparse
@@ -18,31 +19,43 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from provenance import provenance
+from torch.nn import functional as F
+
+import groundup
+from groundup.data.shards import open_dataset
+from groundup.generation.generate import generate_tokens
+from groundup.generation.sampling import Sampler
+from groundup.recipes.loading import Loaded
+from groundup.tokenizer.special import fim_ids, usable_ids
+
+Hole = tuple[str, str, str]
+"""What is before, the line, what is after."""
 
 HISTORY = Path(__file__).parent / "history" / "fill.jsonl"
 MODEL = {
-    "n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 128, "vocab_size": 4096, "total_batch_tokens": 1024,
+    "n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256, "vocab_size": 2048, "total_batch_tokens": 4096,
     "optim": "muon", "learning_rate": 3e-3, "eval_steps": 500, "save_steps": 500,
     "max_eval_tokens": 65536, "sample_tokens": 0, "peak_tflops": 1,
 }  # fmt: skip
-RATES = {"left to right": 0.0, "fill-in-the-middle": 0.7}
+RATES = {"left to right": 0.0, "fill-in-the-middle": 0.9}
+SPM_RATE = 1.0
 LONGEST_LINE = 32
 """Tokens that a model may write."""
-CONTEXT = 128
+CONTEXT = MODEL["n_positions"]
 
 
 def train(run: Path, rate: float, steps: int, threads: str) -> None:
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (MODEL | {"max_steps": steps, "fim_rate": rate}).items()]
+    given = MODEL | {"max_steps": steps, "fim_rate": rate, "fim_spm_rate": SPM_RATE}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     command = [sys.executable, "-m", "groundup", "train", "python-stdlib", "--output-dir", str(run), *flags]
     with run.with_suffix(".log").open("w") as log:
         subprocess.run(command, check=True, stderr=log, stdout=log, env=os.environ | {"OMP_NUM_THREADS": threads})
 
 
-def holes(run: Path, count: int) -> list[tuple[str, str, str]]:
+def holes(run: Path, count: int) -> list[Hole]:
     """(before, line, after) from files of the validation split, at most 20 lines a file, at least 3 letters in each."""
-    from groundup.data.shards import open_dataset
-
     dataset = open_dataset(run / "dataset")
     stream, tokenizer, draw = dataset.stream("validation"), dataset.tokenizer, random.Random(0)
     tokens = stream.read(0, len(stream)).astype(np.int64)
@@ -57,19 +70,13 @@ def holes(run: Path, count: int) -> list[tuple[str, str, str]]:
     return found[:count]
 
 
-def exact_matches(run: Path, asked: list[tuple[str, str, str]], order: str) -> tuple[float, float]:
+def prompts_of(loaded: Loaded, asked: list[Hole], order: str) -> list[list[int]]:
     """
-    Share of lines that are written as they were; and of those where nothing but the line was written.
+    What the model is shown.
 
     Args:
-        order: PSM or SPM, with the suffix; anything else is from the left alone.
+        order: SPM, as `groundup generate` asks, or PSM; anything else is what is before the hole alone.
     """
-    import groundup
-    from groundup.generation.generate import generate_tokens
-    from groundup.generation.sampling import Sampler
-    from groundup.tokenizer.special import fim_ids, usable_ids
-
-    loaded = groundup.load(run)
     tokenizer, marks = loaded.tokenizer, fim_ids(loaded.tokenizer)
     prompts = []
     room = CONTEXT - LONGEST_LINE - 4
@@ -82,6 +89,12 @@ def exact_matches(run: Path, asked: list[tuple[str, str, str]], order: str) -> t
             prompts.append([marks.prefix, marks.suffix, *suffix, marks.middle, *prefix[len(suffix) - room :]])
         else:
             prompts.append(prefix[-room:])
+    return prompts
+
+
+def exact_matches(loaded: Loaded, asked: list[Hole], prompts: list[list[int]]) -> float:
+    """Share of holes where the first line that is written, greedily, is the one that was there."""
+    tokenizer = loaded.tokenizer
     written: dict[int, list[int]] = {number: [] for number in range(len(prompts))}
     drawn = generate_tokens(
         loaded.model, prompts, Sampler(temperature=0), seeds=[0] * len(prompts), max_new_tokens=LONGEST_LINE,
@@ -92,9 +105,20 @@ def exact_matches(run: Path, asked: list[tuple[str, str, str]], order: str) -> t
             written[choice.prompt].append(choice.token)
     texts = [tokenizer.decode(written[number]) for number in range(len(prompts))]
     lines = ["\n" + line for _, line, _ in asked]
-    first = sum((text + "\n").startswith(line + "\n") for text, line in zip(texts, lines, strict=True))
-    whole = sum(text == line for text, line in zip(texts, lines, strict=True))
-    return first / len(asked), whole / len(asked)
+    return sum((text + "\n").startswith(line + "\n") for text, line in zip(texts, lines, strict=True)) / len(asked)
+
+
+def line_loss(loaded: Loaded, asked: list[Hole], prompts: list[list[int]]) -> float:
+    """Nats per token of the lines that were there."""
+    total = tokens = 0
+    for prompt, (_, line, _) in zip(prompts, asked, strict=True):
+        answer = loaded.tokenizer.encode("\n" + line).tolist()[:LONGEST_LINE]
+        ids = torch.tensor([[*prompt, *answer]])
+        with torch.inference_mode():
+            scores = loaded.model.logits(loaded.model(ids[:, :-1]))[0, -len(answer) :].float()
+        total += F.cross_entropy(scores, ids[0, -len(answer) :], reduction="sum").item()
+        tokens += len(answer)
+    return total / tokens
 
 
 def main() -> None:
@@ -110,13 +134,16 @@ def main() -> None:
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(lambda name: train(runs[name], RATES[name], given.steps, threads), RATES))
     asked = holes(runs["left to right"], given.lines)
-    facts = {"model": MODEL, "steps": given.steps, "rates": RATES, "lines": len(asked)}
+    facts = {"model": MODEL, "steps": given.steps, "rates": RATES, "spm_rate": SPM_RATE, "lines": len(asked)}
     line = provenance("fill.py") | facts
     for name, run in runs.items():
-        line[name] = {}
-        for order in ("from the left", "PSM", "SPM") if RATES[name] else ("from the left",):
-            first, whole = exact_matches(run, asked, order)
-            line[name][order] = {"exact_match": round(first, 4), "nothing_but_the_line": round(whole, 4)}
+        line[name], loaded = {}, groundup.load(run)
+        for order in ("from the left", "SPM") if RATES[name] else ("from the left",):
+            prompts = prompts_of(loaded, asked, order)
+            line[name][order] = {
+                "exact_match": round(exact_matches(loaded, asked, prompts), 4),
+                "line_loss": round(line_loss(loaded, asked, prompts), 4),
+            }
         rows = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
         line[name]["eval_loss"] = [row["eval_loss"] for row in rows if row.get("eval_loss")][-1]
         print(name, line[name], flush=True)
