@@ -28,10 +28,15 @@ for header in 'def read_settings_file(path, default=None):' 'def count_words_in_
     show generate demo --prompt "$(printf '%b' "$header")" --max-new-tokens 80 --temperature 0.5 --repetition-penalty 1.2 --min-p 0.05
 done
 
+echo
+echo "4. See how it went, on one page."
+show report demo
+
 cat <<EOF
 
-The curves are in demo/loss.png and demo/perplexity.png, the samples over time in demo/samples.jsonl.
+Open demo/report.html in a browser; the samples over time are on it, and in demo/samples.jsonl.
 Next, try:
+  $GROUNDUP doctor demo                                          is it sound? each check measured
   $GROUNDUP generate demo --prompt 'import '                     another prompt
   $GROUNDUP train python-stdlib --config demo/config.toml --output-dir demo --max-steps 3000   train on
   $GROUNDUP train YOUR_FOLDER --output-dir my-run                your own text or code
