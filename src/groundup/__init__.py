@@ -35,10 +35,12 @@ _PUBLIC = {
     "train": "groundup.recipes.api",
 }
 
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605 - one list, not two
+__all__ = sorted([*_PUBLIC, "diagnostics"])  # noqa: PLE0605 - one list, not two
 
 
 def __getattr__(name: str) -> Any:
+    if name == "diagnostics":  # a room of which names are used as groundup.diagnostics.check
+        return import_module("groundup.diagnostics")
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'groundup' has no attribute {name!r}")
