@@ -147,7 +147,8 @@ def test_preparing_for_real_loads_no_torch(tmp_path):
 def test_every_public_name_resolves_to_what_it_says():
     assert set(groundup.__all__) == {
         "GPT2", "GPT2Config", "GroundupError", "StepResult", "Tokenizer", "Training",
-        "diagnostics", "doctor", "evaluate", "export", "generate", "import_model", "load", "open_training", "prepare", "score", "train",
+        "diagnostics", "doctor", "evaluate", "export", "generate", "import_model", "load", "open_training",
+        "prepare", "score", "train",
     }  # fmt: skip
     for name in groundup.__all__:
         found = getattr(groundup, name)
