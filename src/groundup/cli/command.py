@@ -139,7 +139,9 @@ def verb(name: str, help: str, groups: tuple[type, ...], arguments: list[click.P
 def output_dir(default: str | None = None) -> click.Option:
     """The option that says where the result goes; it must be given where there is no default."""
     shown = "Where the result goes." + (f"  [default: {default}]" if default else "")
-    return _Option(["--output-dir"], required=default is None, default=default, metavar="FOLDER", help=shown, section="Options")
+    # To click a default of None is a default.
+    given: dict[str, Any] = {"default": default} if default else {"required": True}
+    return _Option(["--output-dir"], **given, metavar="FOLDER", help=shown, section="Options")
 
 
 SOURCES = click.Argument(["sources"], nargs=-1, metavar="SOURCE…")
