@@ -1,9 +1,11 @@
 """What curves of losses say."""
 
+import math
+
 import numpy as np
 import pytest
 
-from groundup.evaluation.curves import Turn, noise, turned
+from groundup.evaluation.curves import Turn, never_better, noise, risen, turned
 
 STEPS = np.arange(1.0, 101)
 FALLING = np.linspace(4, 1, 100)
@@ -45,3 +47,18 @@ def test_noise_is_not_trend():
     assert noise(FALLING) == pytest.approx(0, abs=1e-9)
     assert noise(FALLING + 0.1 * draw.standard_normal(100)) == pytest.approx(0.1, rel=0.3)
     assert noise(np.array([1.0, 2.0])) == 0
+
+
+def test_shares_of_nothing_are_finite():
+    assert risen(np.zeros(5)) == 0
+    assert 0 < risen(np.array([1.0, 0.0, 2.0])) < math.inf
+    assert risen(np.array([3.0, 2.0, 2.5])) == pytest.approx(0.25)
+    assert verdict([(20, 0.0), (40, 0.0), (60, 0.0)]) is None
+
+
+def test_a_run_whose_first_evaluation_was_its_best_learned_nothing():
+    assert never_better(np.array([5.5, 5.6, 5.9]))
+    assert not never_better(np.array([5.5, 5.6]))
+    assert not never_better(np.array([5.5, 5.6, 5.51])), "within the noise"
+    assert not never_better(np.array([5.5, 5.4, 5.9]))
+    assert not never_better(np.zeros(4))

@@ -1,6 +1,7 @@
 """groundup doctor as a whole: what it examines, what it says, and that it leaves everything as it was."""
 
 import json
+import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,24 @@ def test_no_range_is_no_picture(tmp_path: Path) -> None:
 
 def test_without_a_choice_everything_is_examined_but_the_resume() -> None:
     assert recipe.chosen_of(given()[DOCTOR_GROUPS[0]], {}).has("overfit")
+
+
+def test_what_is_wrong_with_a_configuration_is_said(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    config = run / "config.toml"
+
+    def refusal(path: Path) -> str:
+        with pytest.raises(ConfigError) as caught, opened(path):
+            pass
+        return str(caught.value)
+
+    config.write_bytes(b"")
+    assert f"{config} is empty" in refusal(run)
+    config.write_bytes(bytes(range(128, 256)))
+    assert f"{config} is not a run's or is damaged" in refusal(run)
+    assert f"{config} is not a run's or is damaged" in refusal(checkpoints(run)[-1])
+    config.unlink()
+    assert f"there is no {config}" in refusal(run)
+    config.mkdir()
+    assert f"{config} is no file" in refusal(run)

@@ -85,6 +85,17 @@ def test_lines_that_no_person_writes_are_found() -> None:
     assert "15,000 bytes" in found["longest_lines"].measured
 
 
+def test_rows_of_a_table_are_no_long_line() -> None:
+    """Each of a jsonl's texts is a document without a line break at its end."""
+    rows = [prose(number, words=50).strip() for number in range(120)]
+    check = examined(tokens(*rows[:100]), tokens(*rows[100:]))["longest_lines"]
+    assert check.passed
+    assert "the longest line is 349 bytes" in check.measured
+    # One that is longer than what is looked at, and so has no end there, is looked at all the same.
+    whole = tokens(*rows[:10], "x" * 20_000)[:-1]
+    assert examined(whole, tokens(*rows[100:]))["longest_lines"].passed is False
+
+
 @pytest.mark.parametrize("rubbish", [bytes(range(32)) * 40, "\N{REPLACEMENT CHARACTER}".encode() * 400])
 def test_bytes_that_no_text_has_are_found(rubbish: bytes) -> None:
     assert "unreadable_bytes" in alarms(examined(tokens(*SOUND[:10], rubbish), tokens(*SOUND[10:])))

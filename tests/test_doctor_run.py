@@ -229,6 +229,28 @@ def test_a_run_that_learned_nothing_is_told() -> None:
     assert verdicts(rows[:6])["run_progress"].passed is None
 
 
+def test_a_run_whose_validation_was_never_better_than_at_first_learned_nothing() -> None:
+    rows = rows_of(curve(400, 1.0, 1.0), evals=np.linspace(6.5, 9, 400))
+    found = verdicts(rows)
+    assert found["run_progress"].passed is False
+    assert found["run_progress"].culprit == "not_learning"
+    assert "validation was best at step 0" in found["run_progress"].measured
+    assert found["run_overfitting"].passed
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0, -1.0, 1.7e308, -1.7e308, 1e-320, 10**400, "x", None], ids=str)
+def test_whatever_stands_in_the_rows_what_is_said_is_json(value: Any) -> None:
+    rows = rows_of(curve(400, 1.0, 1.0))
+    for odd in (
+        [{key: item if key == "step" else value for key, item in row.items()} for row in rows],
+        [{**row, **({"loss": value} if number % 3 and "loss" in row else {})} for number, row in enumerate(rows)],
+        [*rows, {"step": 401, **dict.fromkeys(rows[1].keys() - {"step"}, value)}, {"step": 402, "eval_loss": value}],
+    ):
+        checks = [*examine_run(odd, FACTS), reference_check(odd, Standing(TINY_SHAKESPEARE, 2, 64, 256))]
+        json.dumps([check.as_json() for check in checks], allow_nan=False)
+
+
 def test_throughput_far_under_the_peak_and_a_run_that_slows_down() -> None:
     rows = rows_of(curve(500, 2.0, 0.6))
     wide = RunFacts(VOCABULARY, n_embd=768, max_grad_norm=1.0)

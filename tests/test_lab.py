@@ -14,6 +14,7 @@ from groundup.lab.experiment import Part, Results, Spread, against, is_lower, nu
 from groundup.lab.experiments.decoding import distinct, repeated
 from groundup.lab.pictures import EVEN_GUESS, draw
 from groundup.lab.registry import EXPERIMENTS, experiment_named
+from groundup.runtime.files import exclusive
 from tests.conftest import groundup, make_text
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ def counted(monkeypatch, little_text):
 def test_every_experiment_runs(name, tmp_path, little_text, monkeypatch):
     experiment = EXPERIMENTS[name]
     result = carry_out(experiment, tmp_path, 2, lambda line: None, MINIATURE)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.json", f"{name}.md", f"{name}.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{name}.lock", f"{name}.json", f"{name}.md", f"{name}.png"]
     assert len(result["runs"]) == 2 * len(experiment.settings)
     assert result["verdict"] in ("seen", "seen in part", "not seen")
     assert f"The claim is {result['verdict']} (2 seeds)." in result["text"]
@@ -391,7 +392,7 @@ def test_other_options_are_measured_again(tmp_path, counted, plain):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"format": 1}', '{"format": "groundup-lab 1", "lab": "other", "runs": []}']
+    "content", ["[" * 200_000, "", "[]", "{}", '{"format": 1}', '{"format": "groundup-lab 1", "lab": "other", "runs": []}']
 )
 def test_somebody_elses_file_is_left_alone(tmp_path, content, plain, counted):
     path = tmp_path / "plain.json"
@@ -401,6 +402,17 @@ def test_somebody_elses_file_is_left_alone(tmp_path, content, plain, counted):
     assert "\n" not in str(caught.value)
     assert path.read_text() == content
     assert counted == []
+
+
+def test_two_at_a_time_are_kept_apart_also_while_one_ends(tmp_path, counted, plain, monkeypatch):
+    """The lock's file stays: one that goes while it is held lets a third in."""
+    carry_out(plain, tmp_path, 1, lambda line: None)
+    lock = tmp_path / ".plain.lock"
+    inode = lock.stat().st_ino
+    with exclusive(lock, "test"), pytest.raises(ConfigError, match="in use by another process"):
+        carry_out(plain, tmp_path, 1, lambda line: None)
+    carry_out(plain, tmp_path, 1, lambda line: None)
+    assert lock.stat().st_ino == inode
 
 
 # ---- the command

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import groundup
 from groundup.data.sources import RUN_HEADER
-from groundup.reporting.data import POINTS, RunReader, labels_of, page_data, run_data
+from groundup.recipes.report import findings
+from groundup.reporting.data import HEALTH_BLOCKS, HEALTH_MEASURES, POINTS, RunReader, labels_of, page_data, run_data
 from groundup.reporting.rows import KEPT_HEALTH, Metrics, Tail
 from groundup.reporting.thin import chosen, rounded, smoothed
 from groundup.reporting.totals import still_falling
@@ -230,12 +231,29 @@ DIVERGED = [
             "Diverged at step 70: its last steps had no finite loss or gradient.",
             "lower --learning-rate (now 0.5)",
         ),
+        (
+            course(falling(5, 0.5), {0: 4.0, 50: 4.5, 100: 5.0}),
+            "bad",
+            "Learned nothing that holds for other text: validation loss was lowest at step 0, 4.000, and is 5.000 at step 100.",
+            "run `groundup doctor`",
+        ),
         (GOOD_COURSE[:20], "warning", "Stopped at", "the same command goes on"),
         (course(falling(5, 2), {}), "good", "Finished 100 steps, loss 2.122 on training text.", "Set --eval-steps"),
         ([], "plain", "This run holds no logged step", "Start it again"),
         ([eval_row(0, 5.5)], "warning", "Stopped at 0 of 100 steps, loss 5.500 on validation.", "the same command"),
     ],
-    ids=["good", "flat", "overfitted", "climbed", "diverged", "stopped", "unevaluated", "empty", "first-evaluation"],
+    ids=[
+        "good",
+        "flat",
+        "overfitted",
+        "climbed",
+        "diverged",
+        "never-better",
+        "stopped",
+        "unevaluated",
+        "empty",
+        "first-evaluation",
+    ],
 )
 def test_the_first_line_says_how_it_went_and_another_what_to_do(tmp_path, rows, tone, headline, advice):
     story = run_data(make_run(tmp_path / "run", rows, learning_rate=0.5))["story"]
@@ -341,6 +359,48 @@ def test_any_configuration_is_survived(tmp_path, content):
     run = make_run(tmp_path / "run", GOOD_COURSE)
     (run / "config.toml").write_bytes(content)
     json.dumps(page_data([run_data(run)]), allow_nan=False)
+
+
+HUGE = "1" + "0" * 400
+
+
+@pytest.mark.filterwarnings("error")
+def test_whole_numbers_without_end_are_none(tmp_path):
+    run = make_run(tmp_path / "run", GOOD_COURSE)
+    row = f'{{"step": 101, "loss": {HUGE}, "grad_norm": {HUGE}, "num_input_tokens_seen": {HUGE}, "eval_loss": {HUGE}, '
+    row += f'"health": {{"norm": {{"h.0": {HUGE}, "h.1": 1.7e308}}}}}}\n'
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + row)
+    (run / "config.toml").write_text(f"{RUN_HEADER} 0)\nmax_steps = {HUGE}\nlearning_rate = {HUGE}\nmax_grad_norm = {HUGE}\n")
+    (run / "dataset").mkdir()
+    counts = f'{{"tokens": {HUGE}, "bytes": 1, "documents": 1}}'
+    (run / "dataset" / "dataset.json").write_text(f'{{"vocab_size": 300, "splits": {{"train": {counts}}}}}')
+    (run / "starts.jsonl").write_text(f'{{"step": 0}}\n{{"step": {HUGE}}}\n')
+    (run / "samples.jsonl").write_text(f'{{"step": {HUGE}, "text": "a"}}\n')
+    data = run_data(run)
+    json.dumps(findings(run, data), allow_nan=False)
+    assert HUGE not in json.dumps(data, allow_nan=False)
+    assert data["health"]["measures"]["norm"]["values"] == [[None], [None]]
+    assert data["config"]["learning_rate"] is None
+    assert data["data"]["splits"]["train"]["tokens"] is None
+
+
+@pytest.mark.parametrize("name", ["checkpoint-².corrupt-1", "checkpoint-" + "9" * 200 + ".corrupt-2", "checkpoint-x.corrupt-1"])
+def test_a_folder_with_an_odd_number_is_set_aside_all_the_same(tmp_path, name):
+    run = make_run(tmp_path / "run", GOOD_COURSE)
+    (run / name).mkdir()
+    event = next(event for event in run_data(run)["events"] if event["kind"] == "damaged")
+    assert event["step"] == 0
+    assert name in event["text"]
+
+
+def test_health_without_end_is_bounded_and_an_empty_measure_is_none(tmp_path):
+    blocks = {f"h.{block}": block for block in range(5000)}
+    health = {"empty": {}, "large": blocks, **{f"m{index}": {"h.0": 1} for index in range(500)}}
+    found = run_data(make_run(tmp_path / "run", [step_row(step, health=health) for step in (1, 2)]))["health"]["measures"]
+    assert "empty" not in found
+    assert len(found) == HEALTH_MEASURES
+    assert len(found["large"]["blocks"]) == len(found["large"]["values"]) == HEALTH_BLOCKS
+    assert (found["large"]["blocks"][0], found["large"]["blocks"][-1]) == ("h.0", "h.4999")
 
 
 def test_reading_on_gives_what_reading_at_once_gives(tmp_path):

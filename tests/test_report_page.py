@@ -166,6 +166,31 @@ def test_a_report_is_written_into_the_run(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+def test_names_that_no_picture_can_hold_are_drawn_as_they_can_be(tmp_path, capsys):
+    health = {"$\\frac{x": {"$\\bad{": 1.0, "\ud800": 2.0, "a\x1bb": 3.0, "日本": 1e-310}}
+    run = make_run(tmp_path / "\x1b[31mRED\n$x_日", [step_row(step, health=health) for step in (1, 2)])
+    assert command(["report", str(run)]) == 0
+    out = capsys.readouterr()
+    assert "not drawn" not in out.err
+    assert len(out.err.splitlines()) == 1, "a line break in a name makes no second line"
+    assert (run / "report-health.png").is_file()
+
+
+def test_a_picture_that_cannot_be_drawn_costs_only_itself(tmp_path, capsys, monkeypatch):
+    run = full_run(tmp_path)
+
+    def fails(*arguments: Any) -> bool:
+        assert (run / "report.html").is_file(), "the page is there first"
+        raise OverflowError("too large")
+
+    monkeypatch.setattr("groundup.reporting.pictures.draw_gradient_norm", fails)
+    assert command(["report", str(run)]) == 0
+    assert "report-gradient-norm.png: not drawn (OverflowError: too large)" in capsys.readouterr().err
+    assert (run / "report-speed.png").is_file()
+    assert not (run / "report-gradient-norm.png").exists()
+
+
 def test_several_runs_are_laid_over_one_another(tmp_path, capsys, monkeypatch):
     runs = [full_run(tmp_path / "a"), make_run(tmp_path / "b" / "run", OVERFITTED), make_run(tmp_path / "c", [])]
     output = tmp_path / "new" / "folder" / "all.html"

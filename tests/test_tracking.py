@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import groundup
-from groundup.tracking.metrics import append_row, read_rows, rewind
+from groundup.tracking.metrics import append_row, number, read_rows, rewind
 from groundup.tracking.pictures import draw_curves
 from groundup.tracking.progress import duration, progress, step_line
 from tests.conftest import TINY
@@ -81,6 +81,37 @@ def test_a_torn_last_line_is_no_row(tmp_path, torn):
     rewind(path, 10)
     append_row(path, ROWS[3])
     assert read_rows(path) == ROWS[:4], "the next row starts on a line of its own"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 200_000, '{"a":' * 100_000, '{"step": "x", "loss": 1}', '{"step": null}', '{"step": 1.5}', '{"step": true}',
+     '{"step": -1}', '{"step": 1' + "0" * 400 + "}", '{"step": 1' + "0" * 5000 + "}", "{}", "[3]"],
+    ids=lambda line: line[:20],
+)  # fmt: skip
+def test_what_is_no_row_is_passed_over(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    append_row(path, ROWS[0])
+    with path.open("a") as file:
+        file.write(line + "\n")
+    append_row(path, ROWS[1])
+    assert read_rows(path) == ROWS[:2]
+    rewind(path, 10)
+    assert read_rows(path) == ROWS[:2]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1, 1.0),
+        (-2.5, -2.5),
+        (0, 0.0),
+        *((odd, None) for odd in (10**400, 1.7e308, -(10**400), math.inf, math.nan, True, "1", None, [1])),
+    ],
+    ids=str,
+)
+def test_a_number_is_finite_and_can_be_reckoned_with(value, expected):
+    assert math.isnan(number(value)) if expected is None else number(value) == expected
 
 
 def test_no_file_has_no_rows(tmp_path):

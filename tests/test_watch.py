@@ -31,6 +31,7 @@ from groundup.reporting.data import RunReader, page_data
 from groundup.serving.guard import policy_of, refusal
 from groundup.serving.latest import Latest
 from groundup.serving.server import listen, require_framework
+from groundup.serving.tokens import tokens_page
 from groundup.tracking.metrics import append_row
 from tests.conftest import TINY
 from tests.runs import contents, prepared
@@ -163,6 +164,15 @@ def test_the_name_of_a_run_is_text(run, tmp_path):
     pages = pages_of(named, options(), print)
     for text in (pages.tokens, pages.page(pages.data.now().text)):
         assert "<img" not in text.replace("\\u003cimg", "")
+
+
+def test_a_name_that_is_no_utf8_or_has_line_breaks_can_be_shown(run, tmp_path):
+    assert "bad??name" in tokens_page("bad\udcff\udcfename")
+    said: list[str] = []
+    with pytest.raises(ConfigError):
+        await_run(tmp_path / "two\nlines\x1b", said.append, seconds=0)
+    assert "\n" not in said[0]
+    assert "\x1b" not in said[0]
 
 
 def test_data_is_the_run_and_is_sent_again_only_when_it_changed(run, tmp_path):

@@ -23,6 +23,7 @@ RUN = click.Argument(["run"], metavar="RUN")
 def _doctor(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
     from groundup.diagnostics.check import Check
     from groundup.recipes.doctor import doctor, line_of, summary_of
+    from groundup.runtime.signals import orderly_end
     from groundup.tracking.progress import progress
     from groundup.tracking.surprise import harmless
 
@@ -36,7 +37,7 @@ def _doctor(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], st
             print(harmless(line_of(check)), flush=True)
         group = check.group
 
-    with progress() as shown:
+    with orderly_end(), progress() as shown:
         result = doctor(own["sources"], settings, shown.say, show)
     return result, summary_of(result)
 
@@ -90,8 +91,9 @@ def _lab(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
         return {"labs": claims}, "\n".join(f"{lab['name']:<{width}}  {lab['claim']}" for lab in claims)
     experiment = experiment_named(own["name"])
     from groundup.lab.carry_out import carry_out
+    from groundup.runtime.signals import orderly_end
     from groundup.tracking.progress import progress
 
-    with progress() as shown:
+    with orderly_end(), progress() as shown:
         result = carry_out(experiment, Path(own["output_dir"]), settings[LabOptions].seeds, shown.say)
     return result, f"{result['text']}\npicture: {result['picture']}\npage: {result['page']}"

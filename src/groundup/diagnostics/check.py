@@ -1,5 +1,6 @@
 """What one check says."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,8 +28,16 @@ class Check:
     """The numbers behind it, for ``--json`` and pictures."""
 
     def as_json(self) -> dict[str, Any]:
-        """As ``groundup doctor --json`` prints it."""
-        return {key: value for key, value in asdict(self).items() if value is not None or key == "passed"}
+        """As ``groundup doctor --json`` prints it: numbers that are not finite are None, which is JSON's null."""
+        return {key: _finite(value) for key, value in asdict(self).items() if value is not None or key == "passed"}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def failed(checks: Iterable[Check]) -> list[Check]:

@@ -87,7 +87,7 @@ def examine_data(text: Text, use: Use) -> Iterator[Check]:
     yield vocabulary_check(text, use)
     yield duplicates_check(text)
     yield overlap_check(text)
-    sample = text.tokenizer.decode_bytes(text.train[:DECODED_TOKENS].tolist())
+    sample = decoded(text.train[:DECODED_TOKENS], text.tokenizer)
     yield lines_check(sample)
     yield readable_check(sample, text.replaced_sequences)
 
@@ -185,6 +185,12 @@ def readable_check(sample: bytes, replaced: int | None) -> Check:
     return _check("unreadable_bytes", passed, measured, f"at most one in {1 / MOST_UNREADABLE:,.0f} bytes",
                   "" if passed else "leave binary files out, and convert text of another encoding to UTF-8 (iconv)",
                   "" if passed else "unreadable_text", {"share": share, "replaced": replaced})  # fmt: skip
+
+
+def decoded(tokens: Tokens, tokenizer: Tokenizer) -> bytes:
+    """The text of a stream of documents, (N,): each begins on a line of its own, as it stood in a row or a file of its own."""
+    ends = np.flatnonzero(tokens == tokenizer.end_of_text_id)
+    return b"\n".join(tokenizer.decode_bytes(document.tolist()) for document in np.split(tokens, ends + 1))
 
 
 def documents(tokens: Tokens, end: int) -> Iterator[Tokens]:

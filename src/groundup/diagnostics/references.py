@@ -14,6 +14,7 @@ import numpy as np
 
 from groundup.diagnostics.check import Check
 from groundup.diagnostics.run import series
+from groundup.tracking.metrics import number
 
 TINY_SHAKESPEARE = "83a430baee81938d9981ec81190c5e01fa1e5952987593734e3a21ea2ea508d4"
 """``content_sha256`` of https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt."""
@@ -131,11 +132,14 @@ def reference_check(rows: Sequence[Mapping[str, Any]], standing: Standing) -> Ch
         A check whose ``expected`` names the reference and where it is from; without a verdict where none is comparable.
     """
     name = "run_reference"
-    evaluated = [row for row in rows if row.get("eval_loss") is not None and row.get("eval_bits_per_byte") is not None]
+    evaluated = [
+        row for row in rows if not any(math.isnan(number(row.get(key))) for key in ("eval_loss", "eval_bits_per_byte"))
+    ]
     if not evaluated:
         return Check(name, "run", None, "no evaluation is logged", "an evaluation, to compare")
     row = evaluated[-1]
-    loss, tokens = float(row["eval_bits_per_byte"]) * math.log(2), int(row.get("num_input_tokens_seen", 0))
+    read = number(row.get("num_input_tokens_seen"))
+    loss, tokens = float(row["eval_bits_per_byte"]) * math.log(2), 0 if math.isnan(read) else int(read)
     measured = f"{loss:.3f} nats per byte after {tokens:,} tokens"
     weights = 12 * standing.n_layer * standing.n_embd**2
     known = [reference for reference in REFERENCES if reference.content_sha256 == standing.content_sha256]

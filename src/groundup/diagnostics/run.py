@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from groundup.diagnostics.check import Check
-from groundup.evaluation.curves import RISE, Series, noise, turned
+from groundup.evaluation.curves import LEAST_LOSS, RISE, Series, never_better, noise, risen, turned
+from groundup.tracking.metrics import number
 from groundup.training.spikes import judge
 
 Rows = Sequence[Mapping[str, Any]]
@@ -25,6 +26,8 @@ LEARNED_BY_STEP, LEARNED_SHARE = 100, 0.98
 By so many steps a loss is below this share of ln V. The frequencies of tokens alone bring more than that, and the slowest of
 the forty settings that were measured (benchmarks/history/settings.jsonl) was at 0.62 of it after 100 steps.
 """
+FAR_ABOVE = 1.1
+"""Times ln V: who guesses evenly is not so far off, so a run that is has been thrown there."""
 RISE_SHARE = 0.1
 """A run has diverged where it has lost this share of what it had gained, beyond its noise."""
 FLAT_SHARE = 0.005
@@ -88,7 +91,7 @@ NAMES = (
 
 
 def progress_check(rows: Rows, facts: RunFacts) -> Check:
-    """Has it learned anything: is the loss below that of guessing evenly?"""
+    """Has it learned anything: is the loss below that of guessing evenly, and was validation ever better than at first?"""
     steps, losses = series(rows, "loss")
     guess = math.log(facts.vocab_size)
     expected = f"below {LEARNED_SHARE * guess:.3f} after {LEARNED_BY_STEP} steps; guessing evenly is {guess:.3f}"
@@ -100,6 +103,13 @@ def progress_check(rows: Rows, facts: RunFacts) -> Check:
     if steps[-1] < LEARNED_BY_STEP:
         return _check("run_progress", None, f"{measured}: too early to tell", expected, "")
     passed = now < LEARNED_SHARE * guess
+    evaluated, evals = series(rows, "eval_loss")
+    if passed and never_better(evals):
+        measured += f"; validation was best at step {int(evaluated[0]):,}, {evals[0]:.3f}, and is {evals[-1]:.3f} now"
+        advice = "what it learned does not hold for other text: lower --learning-rate, give more text, look at the data checks"
+        return _check("run_progress", False, measured, f"{expected}; a validation loss below its first", advice, "not_learning")
+    if now > FAR_ABOVE * guess:
+        return _check("run_progress", False, f"{measured}: far above guessing evenly", expected, _CALMER, "diverged")
     advice = "raise --learning-rate, see that little is frozen (--freeze), and run the checks of the model and of learning"
     return _check("run_progress", passed, measured, expected, "" if passed else advice, "" if passed else "not_learning")
 
@@ -122,8 +132,10 @@ def divergence_check(rows: Rows, facts: RunFacts) -> Check:
     rise, gained = float(smooth[-1] - smooth[best]), float(smooth.max() - smooth[best])
     # The standard error of a median is 1.25 σ / √n; two are compared, and the lower was chosen among many.
     bound = max(RISE_SHARE * gained, 5 * 1.25 * noise(losses) * math.sqrt(2 / width))
-    if smooth[-1] > 1.1 * math.log(facts.vocab_size) and best < len(smooth) - 1:
-        bound = min(bound, 0.0)
+    if smooth[-1] > FAR_ABOVE * math.log(facts.vocab_size) and smooth[-1] > losses[0]:
+        measured = f"loss {losses[0]:.3f} at step {int(steps[0]):,}, {smooth[-1]:.3f} now (median of {width} logged steps)"
+        details = {"onset_step": int(steps[0]), "rise": float(smooth[-1] - losses[0]), "bound": 0.0}
+        return _check("run_divergence", False, measured, "a loss below that of guessing evenly", _CALMER, "diverged", details)
     passed = rise <= bound
     # The lowest of a noisy, flat stretch may be anywhere in it: the rise begins where it was last about as low.
     low = int(np.flatnonzero(smooth <= smooth[best] + bound / 2)[-1]) if bound else best
@@ -152,7 +164,9 @@ def plateau_check(rows: Rows, facts: RunFacts) -> Check:
         return _check("run_plateau", None, f"{len(losses)} logged losses", f"{LEAST_ROWS} or more", "")
     third = slice(len(losses) * 2 // 3, None)
     fall, error = _fall(losses[third])
-    level = float(losses[third].mean())
+    level = max(float(losses[third].mean()), LEAST_LOSS)
+    if level > FAR_ABOVE * math.log(facts.vocab_size):
+        return _check("run_plateau", None, f"loss {level:.3f}: far above guessing evenly", "a run that has not diverged", "")
     measured = f"over the last third of the steps the loss fell by {fall / level:.1%} ± {2 * error / level:.1%}, "
     measured += f"to {losses[third][-5:].mean():.3f}"
     details: dict[str, Any] = {"fall": fall, "fall_error": error, "level": level}
@@ -171,7 +185,8 @@ def plateau_check(rows: Rows, facts: RunFacts) -> Check:
         drop = float(late[0] - late.min())
         if drop < FLAT_SHARE * late[0] and not falling and _rate_share(rows, begin) >= PEAK_SHARE:
             still = True
-            measured = f"over the last 60 % of the run validation fell by {drop / late[0]:.2%}, to {late.min():.3f}"
+            share = drop / max(float(late[0]), LEAST_LOSS)
+            measured = f"over the last 60 % of the run validation fell by {share:.2%}, to {late.min():.3f}"
             details["validation_fall"] = drop
     advice = ""
     if still:
@@ -193,7 +208,7 @@ def overfitting_check(rows: Rows) -> Check:
     measured = (
         f"lowest validation loss {losses[best]:.4f} at step {int(steps[best]):,}, {losses[-1]:.4f} at step {int(steps[-1]):,}"
     )
-    details = {"best_step": int(steps[best]), "rise_share": float(losses[-1] / losses[best] - 1)}
+    details = {"best_step": int(steps[best]), "rise_share": risen(losses)}
     if not turned(steps, losses, *series(rows, "loss")):
         return _check("run_overfitting", True, measured, expected, "", details=details)
     epochs = [row["epoch"] for row in rows if row.get("step") == steps[best] and _is_number(row.get("epoch"))]
@@ -344,7 +359,7 @@ def _check(name: str, passed: bool | None, measured: str, expected: str, advice:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return not math.isnan(number(value))
 
 
 def _rolling_median(values: Series, width: int) -> Series:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,8 @@ def carry_out(experiment: Experiment, folder: Path, seeds: int, say: Say, overri
     """
     make_directory(folder)
     name = experiment.name
-    # A lock of its own: other experiments may write into the same folder meanwhile.
+    # A lock of its own: other experiments may write into the same folder meanwhile. It stays, as a run's does: where its file
+    # goes while somebody waits for it, a third one makes another, and both go on.
     with explained_os_errors(folder, "lab"), exclusive(folder / f".{name}.lock", f"lab {name} in {folder}"):
         runs = do_runs(experiment, folder / f"{name}.json", seeds, say, overrides or {})
         results = results_of(experiment, runs, seeds)
@@ -55,8 +55,6 @@ def carry_out(experiment: Experiment, folder: Path, seeds: int, say: Say, overri
         draw(experiment, results, folder / f"{name}.png")
         shown = described(experiment, text, f"{name}.png")
         replace_durably(folder / f"{name}.md", f"# {name}\n\n{shown}".encode())
-        with suppress(OSError):
-            (folder / f".{name}.lock").unlink()
     return {
         "lab": name,
         "claim": experiment.claim,
@@ -163,7 +161,7 @@ def read_runs(path: Path, name: str) -> list[Run]:
         return [Run(**run) for run in content["runs"]]
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"--output-dir: {path} is no results of lab {name} ({problem}); name another folder, or delete it"

@@ -1,5 +1,6 @@
 """What doctor looks at: a run, a checkpoint, or what a training would start with. Nothing is written beside it."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from groundup.checkpoint.commit import MANIFEST
 from groundup.config.load import Given, Settings, read_config_file, resolve
 from groundup.config.options import (
     TRAIN_GROUPS,
@@ -27,7 +29,7 @@ from groundup.config.ramp import ends
 from groundup.data.batches import to_batch
 from groundup.data.mixture import Corpus
 from groundup.data.named import named_sources
-from groundup.data.sources import is_run
+from groundup.data.sources import RUN_HEADER, is_run
 from groundup.diagnostics.data import READ_TOKENS, Text, Use
 from groundup.diagnostics.subject import Subject, gpt2_subject
 from groundup.errors import CheckpointError, ConfigError
@@ -124,10 +126,10 @@ def _open_sources(sources: Sequence[str], settings: Settings, scratch: Path, say
 
 @contextmanager
 def _open_run(path: Path, given: Settings, scratch: Path, say: Say) -> Iterator[Case]:
-    run = path if is_run(path) else path.parent
+    run = path.parent if (path / MANIFEST).is_file() and not is_run(path) else path
     if not is_run(run):
-        raise ConfigError(f"run: {path} is a checkpoint without the run around it, whose configuration says what to examine; "
-                          "name a run, or text")  # fmt: skip
+        raise ConfigError(f"run: {path} {_without_configuration(run, run / CONFIG)}, which says what to examine; name a run, "
+                          "or text")  # fmt: skip
     settings = settings_of_run(run, given)
     try:
         loaded = load_checkpoint(path, say)
@@ -146,6 +148,17 @@ def _open_run(path: Path, given: Settings, scratch: Path, say: Say) -> Iterator[
         model = loaded.model.to(training.machine.device) if loaded else training.model
         subject = _subject(model, training, settings, trained=bool(loaded) or None)
         yield Case(str(path), training, subject, _plan(settings, training), read_rows(run / METRICS), settings)
+
+
+def _without_configuration(run: Path, config: Path) -> str:
+    """What is wrong with the configuration of a folder that has checkpoints of ours."""
+    if not os.path.lexists(config):
+        return f"has no run around it: there is no {config}"
+    if not config.is_file():
+        return f"cannot be examined: {config} is no file"
+    if not config.stat().st_size:
+        return f"cannot be examined: {config} is empty"
+    return f"cannot be examined: {config} is not a run's or is damaged (it begins with {RUN_HEADER!r} in one)"
 
 
 def settings_of_run(run: Path, given: Settings) -> Settings:

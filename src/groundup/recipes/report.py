@@ -1,5 +1,6 @@
 """groundup report: runs as a page that a person can read, and as pictures."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from groundup.reporting.data import POINTS, RunReader, page_data
 from groundup.reporting.page import page
 from groundup.reporting.pictures import draw_pictures
 from groundup.runtime.files import explained_os_errors, make_directory, replace_durably
-from groundup.tracking.metrics import METRICS, read_rows
+from groundup.tracking.labels import one_line
+from groundup.tracking.metrics import METRICS, number, read_rows
 
 Say = Callable[[str], None]
 PAGE = "report.html"
@@ -43,9 +45,9 @@ def report(runs: Sequence[Path], settings: Settings, say: Say) -> dict[str, Any]
     with explained_os_errors(output, "report"):
         make_directory(output.parent, "--output")
         replace_durably(output, page(data).encode())
-        pictures = draw_pictures(data["runs"], output)
+        pictures = draw_pictures(data["runs"], output, say)
     for run in data["runs"]:
-        say(f"{run['label']}: {run['story'][0]['text']}")
+        say(f"{one_line(run['label'])}: {run['story'][0]['text']}")
     return {
         "page": str(output),
         "pictures": [str(path) for path in pictures],
@@ -90,7 +92,7 @@ def findings(run: Path, data: Mapping[str, Any]) -> list[dict[str, Any]]:
     vocabulary, config = data["data"].get("vocab_size"), data["config"]
     if type(vocabulary) is not int or vocabulary < 2:
         return []
-    rows = [row for row in read_rows(run / METRICS) if type(row["step"]) is int]
+    rows = read_rows(run / METRICS)
     steps = [row for row in rows if "loss" in row]
     stride = -(-len(steps) // EXAMINED_ROWS) or 1
     kept = {id(row) for row in steps[::stride]}
@@ -98,7 +100,7 @@ def findings(run: Path, data: Mapping[str, Any]) -> list[dict[str, Any]]:
     facts = RunFacts(
         vocab_size=vocabulary,
         total_steps=data["state"]["planned_steps"] or 0,
-        max_grad_norm=float(norm) if isinstance(norm, int | float) else 0.0,
+        max_grad_norm=0.0 if math.isnan(found := number(norm)) else found,
         n_embd=width if isinstance(width, int) else 0,
         fp16=config.get("fp16") is True,
     )

@@ -21,6 +21,7 @@ from groundup.serving.app import Pages, application
 from groundup.serving.latest import Latest
 from groundup.serving.server import LOOPBACK, listen, require_framework, serve
 from groundup.serving.tokens import tokens_page
+from groundup.tracking.labels import one_line
 from groundup.tracking.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def watch(run: Path, settings: Settings, say: Say) -> dict[str, Any]:
         port = listening.getsockname()[1]
         await_run(run, say)
         address = f"http://{LOOPBACK}:{port}"
-        say(f"{run}: {address} (Ctrl-C ends)")
+        say(f"{one_line(str(run))}: {address} (Ctrl-C ends)")
         say(f"from another machine: ssh -N -L {port}:{LOOPBACK}:{port} {_user()}@{platform.node()}, then open the same address")
         serve(application(pages_of(run, settings, say)), listening)
     return {"address": address, "run": str(run)}
@@ -101,7 +102,7 @@ def await_run(run: Path, say: Say, seconds: float = GRACE_SECONDS) -> None:
         ConfigError: none comes, or the folder is no run's.
     """
     if not run.exists():
-        say(f"{run}: not there yet; waiting {seconds:.0f} seconds for a training to begin it")
+        say(f"{one_line(str(run))}: not there yet; waiting {seconds:.0f} seconds for a training to begin it")
     deadline = time.monotonic() + seconds
     while not run.exists():
         if time.monotonic() > deadline:

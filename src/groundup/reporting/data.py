@@ -27,7 +27,7 @@ from groundup.reporting.rows import CURVES, PLACES, Metrics, Tail
 from groundup.reporting.thin import Numbers, chosen, rounded, smoothed
 from groundup.reporting.totals import totals_of
 from groundup.reporting.words import story
-from groundup.tracking.metrics import METRICS
+from groundup.tracking.metrics import METRICS, number
 
 POINTS = 1500
 """Of a curve, at most."""
@@ -39,6 +39,8 @@ SMOOTHED_ROWS = 5
 HEALTH_COLUMNS = 240
 HEALTH_CELLS = 8000
 """Of a heat map, at most."""
+HEALTH_MEASURES, HEALTH_BLOCKS = 12, 256
+"""Shown, at most: a run has six measures, and GPT-3 96 layers. Of more blocks some are shown, evenly spread."""
 
 
 class RunReader:
@@ -117,8 +119,8 @@ def labels_of(paths: Sequence[str]) -> list[str]:
     """A short name for each run: its folder's, with as many of those above as tell it from the others."""
     parts = [Path(path).resolve().parts for path in paths]
     labels = []
-    for number, own in enumerate(parts):
-        others = [other for index, other in enumerate(parts) if index != number and other != own]
+    for place, own in enumerate(parts):
+        others = [other for index, other in enumerate(parts) if index != place and other != own]
         depth = 1
         while depth < len(own) and any(other[-depth:] == own[-depth:] for other in others):
             depth += 1
@@ -147,15 +149,15 @@ def _evaluations(rows: Sequence[Mapping[str, float]], points: int) -> dict[str, 
 
 def _health(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
     """Steps, and by measure its blocks and their values: [block][step]."""
-    measures: dict[str, list[str]] = {}
+    seen: dict[str, dict[str, None]] = {}
     for _, health in rows:
         for name, blocks in health.items():
-            if isinstance(blocks, dict):
-                known = measures.setdefault(name, [])
-                known += [block for block in blocks if block not in known]
+            if isinstance(blocks, dict) and blocks:
+                seen.setdefault(name, {}).update(dict.fromkeys(blocks))
+    measures = {name: _spread([*blocks], HEALTH_BLOCKS) for name, blocks in [*seen.items()][:HEALTH_MEASURES]}
     most = max((len(blocks) for blocks in measures.values()), default=1)
     columns = max(2, min(HEALTH_COLUMNS, HEALTH_CELLS // max(1, most)))
-    kept = [rows[index] for index in np.unique(np.linspace(0, len(rows) - 1, min(columns, len(rows))).astype(int))]
+    kept = _spread(rows, columns)
     values = {
         name: {"blocks": blocks, "values": [rounded((_cell(health, name, block) for _, health in kept), 4) for block in blocks]}
         for name, blocks in measures.items()
@@ -166,7 +168,12 @@ def _health(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
 def _cell(health: Mapping[str, Any], name: str, block: str) -> float:
     found = health.get(name)
     value = found.get(block) if isinstance(found, dict) else None
-    return float(value) if isinstance(value, int | float) else math.nan
+    return number(value)
+
+
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of them, evenly spread, the first and the last among them."""
+    return [items[index] for index in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).astype(int))]
 
 
 def _planned(config: Mapping[str, Any], saved: int | None, steps: Numbers) -> int | None:

@@ -1,6 +1,7 @@
 """What the other files of a run's folder say: configuration, data, machine, samples, and what was unusual."""
 
 import json
+import math
 import os
 import time
 import tomllib
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from groundup.checkpoint.commit import checkpoints
-from groundup.reporting.rows import Metrics, Tail, number
+from groundup.reporting.rows import Metrics, Tail
 from groundup.reporting.thin import rounded
+from groundup.tracking.metrics import LARGEST_STEP, is_step, number
 
 CONFIG, SAMPLES, LEFT_OUT, STARTS, LOCK = "config.toml", "samples.jsonl", "left_out.jsonl", "starts.jsonl", ".lock"
 TRAINER_STATE, DATASET = "trainer_state.json", "dataset.json"
@@ -39,17 +41,16 @@ def _plain(value: Any) -> Any:
     """A TOML value as JSON has it."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    if isinstance(value, float):
-        found = number(value)
-        return None if found != found else found
-    return value if isinstance(value, str | int | bool) else str(value)
+    if type(value) in (int, float):
+        return None if math.isnan(number(value)) else value
+    return value if isinstance(value, str | bool) else str(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a file; an empty one where it cannot be read."""
     try:
         content = path.read_text(encoding="utf-8", errors="replace")
-        found = json.loads(content, parse_constant=lambda name: None, parse_float=_finite)
+        found = json.loads(content, parse_constant=lambda name: None, parse_float=_finite, parse_int=_whole)
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -57,6 +58,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _finite(digits: str) -> float | None:
     return rounded([float(digits)], 15)[0]
+
+
+def _whole(digits: str) -> int | None:
+    # As long as that of the largest step, and no count is longer.
+    return int(digits) if len(digits) <= len(str(LARGEST_STEP)) else None
 
 
 def data_summary(run: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +95,7 @@ def data_summary(run: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def read_samples(tail: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Some of the samples, spread over the run, with the first and the last."""
-    rows = [row for row in tail if isinstance(row.get("text"), str) and type(row.get("step")) is int]
+    rows = [row for row in tail if isinstance(row.get("text"), str) and is_step(row.get("step"))]
     if len(rows) > SHOWN_SAMPLES:
         rows = [rows[round(i * (len(rows) - 1) / (SHOWN_SAMPLES - 1))] for i in range(SHOWN_SAMPLES)]
     return [
@@ -151,7 +157,7 @@ def unusual(run: Path, metrics: Metrics, starts: Sequence[dict[str, Any]]) -> li
         found.append(_event("resume", start["step"], f"went on from a checkpoint {start['time']}".rstrip()))
     for path in sorted(run.glob("checkpoint-*.corrupt-*")):
         step = path.name.removeprefix("checkpoint-").split(".")[0]
-        found.append(_event("damaged", int(step) if step.isdigit() else 0, f"{path.name} did not verify, and was set aside"))
+        found.append(_event("damaged", int(step) if step.isdecimal() else 0, f"{path.name} did not verify, and was set aside"))
     # Of many, the first and the last ones.
     found.sort(key=lambda event: event["step"])
     half = SHOWN_EVENTS // 2
@@ -163,7 +169,7 @@ def _event(kind: str, step: Any, text: str) -> dict[str, Any]:
 
 
 def _step(value: Any) -> int:
-    return value if type(value) is int else 0
+    return value if is_step(value) else 0
 
 
 def _spike(run: Path, step: int, spike: dict[str, Any]) -> str:

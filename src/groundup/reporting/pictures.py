@@ -1,14 +1,16 @@
 """What a report shows and a run does not draw by itself, as PNGs: rates, norms, speed, health, and losses of several runs."""
 
 import io
-import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from groundup.runtime.files import replace_durably
+from groundup.tracking.labels import visible
 from groundup.tracking.schedule_picture import COLOURS, LINES, MARKERS
 
 if TYPE_CHECKING:
@@ -17,19 +19,27 @@ if TYPE_CHECKING:
 
 Runs = Sequence[Mapping[str, Any]]
 MARKER_DISTANCE = 0.12
+LONGEST_NAME = 80
+"""Characters."""
+NAMED_ROWS = 64
+"""Of a heat map: there is no room for the names of more."""
 LOGARITHMIC_FROM = 20.0
 """Times the lowest value: a heat map with a higher one is logarithmic."""
 
 
-def draw_pictures(runs: Runs, page: Path) -> list[Path]:
+def draw_pictures(runs: Runs, page: Path, say: Callable[[str], None]) -> list[Path]:
     """
     Draw the pictures beside a page, named after it: ``report-learning-rate.png`` beside ``report.html``.
 
     Args:
         runs: each as ``page_data`` has it.
+        say: told of a picture that these numbers do not allow; the others are drawn.
 
     Returns:
         The pictures, those that have something to show.
+
+    Raises:
+        OSError: one cannot be written.
     """
     kinds: list[tuple[str, Callable[[Runs, Path], bool]]] = [
         ("learning-rate", draw_learning_rate),
@@ -38,11 +48,16 @@ def draw_pictures(runs: Runs, page: Path) -> list[Path]:
     ]
     if len(runs) > 1:
         kinds.insert(0, ("loss", draw_losses))
-    drawn = [path for name, draw in kinds if draw(runs, path := _beside(page, name))]
+    wanted = [(_beside(page, name), partial(draw, runs)) for name, draw in kinds]
     for number, run in enumerate(runs, 1):
-        path = _beside(page, f"health-{number}" if len(runs) > 1 else "health")
-        if draw_health(run, path):
-            drawn.append(path)
+        wanted.append((_beside(page, f"health-{number}" if len(runs) > 1 else "health"), partial(draw_health, run)))
+    drawn = []
+    for path, draw_it in wanted:
+        try:
+            if draw_it(path):
+                drawn.append(path)
+        except (ValueError, ArithmeticError) as error:  # matplotlib's words for numbers that it has no room for
+            say(f"{path.name}: not drawn ({type(error).__name__}: {error}); the page has its numbers")
     return drawn
 
 
@@ -74,7 +89,7 @@ def draw_health(run: Mapping[str, Any], path: Path) -> bool:
     steps, measures = run["health"]["steps"], run["health"]["measures"]
     if not measures:
         return False
-    rows = max(len(measure["blocks"]) for measure in measures.values())
+    rows = min(NAMED_ROWS, max(len(measure["blocks"]) for measure in measures.values()))
     figure = _figure(11, 1.2 + (1.4 + 0.16 * rows) * -(-len(measures) // 2))
     places = figure.subplots(-(-len(measures) // 2), 2, squeeze=False).ravel()
     for place, (name, measure) in zip(places, measures.items(), strict=False):
@@ -95,8 +110,11 @@ def _heat_map(axes: "Axes", name: str, measure: Mapping[str, Any], steps: Sequen
     scale = LogNorm(low, high) if low > 0 and high > LOGARITHMIC_FROM * low else Normalize(low, high)
     # viridis: its lightness grows all along, so it reads the same without colour.
     image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis", norm=scale)
-    axes.set_title(f"{name.replace('_', ' ')}: {low:.3g} to {high:.3g}", fontsize=10)
-    axes.set_yticks(range(len(measure["blocks"])), [_text(block) for block in measure["blocks"]], fontsize=7)
+    axes.set_title(f"{_text(name.replace('_', ' '))}: {low:.3g} to {high:.3g}", fontsize=10, parse_math=False)
+    blocks = measure["blocks"]
+    named = range(0, len(blocks), -(-len(blocks) // NAMED_ROWS))
+    for label in axes.set_yticks(named, [_text(blocks[row]) for row in named], fontsize=7):
+        label.label1.set_parse_math(False)
     shown = sorted({0, len(steps) // 2, len(steps) - 1})
     axes.set_xticks(shown, [f"{steps[index]:,}" for index in shown], fontsize=8)
     axes.figure.colorbar(image, ax=axes)
@@ -146,7 +164,10 @@ def _figure(width: float, height: float) -> "Figure":
 
 def _save(figure: "Figure", path: Path) -> None:
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    with warnings.catch_warnings():
+        # A name may be in a script that matplotlib's font does not have: it shows a box then, which says enough.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from")
+        figure.savefig(content, format="png")
     replace_durably(path, content.getvalue())
 
 
@@ -155,5 +176,6 @@ def _beside(page: Path, name: str) -> Path:
 
 
 def _text(text: str) -> str:
-    """A name as a picture can show it, also one that no UTF-8 can hold."""
-    return os.fsencode(text).decode(errors="replace")
+    """A name as a picture can show it: on one line, and every character of it to be seen."""
+    short = text if len(text) <= LONGEST_NAME else text[:LONGEST_NAME] + "…"
+    return visible(" ".join(short.split()))

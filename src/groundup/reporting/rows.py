@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from groundup.tracking.metrics import is_step, number
+
 CURVES = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "loss_scale")
 """Of a row that says how a step went."""
 PLACES = ("step", "epoch", "tokens", "seconds")
@@ -16,7 +18,6 @@ MEMORY_BYTES = 64
 """Of what was read last: where they have changed, the file is another one."""
 KEPT_HEALTH = 2000
 """Rows with health that are kept; beyond them every second one goes."""
-LARGEST_STEP = 2**53
 NAN = math.nan
 
 
@@ -69,18 +70,6 @@ def _object(line: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def number(value: Any) -> float:
-    """A value of a row as a number; NaN where it is none, or not finite."""
-    if type(value) is float:
-        return value if math.isfinite(value) else NAN
-    if type(value) is not int:
-        return NAN
-    try:
-        return float(value)
-    except OverflowError:
-        return NAN
-
-
 class Metrics:
     """
     The rows of metrics.jsonl, in columns: a long run has hundreds of thousands.
@@ -108,8 +97,7 @@ class Metrics:
         if anew:
             self._clear()
         for row in rows:
-            step = row.get("step")
-            if type(step) is not int or not 0 <= step < LARGEST_STEP:
+            if not is_step(step := row.get("step")):
                 continue
             if "loss" in row:
                 self._step(step, row)

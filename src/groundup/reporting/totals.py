@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from groundup.evaluation.curves import turned
+from groundup.evaluation.curves import never_better, turned
 from groundup.reporting.rows import Metrics
 from groundup.reporting.thin import Numbers, smoothed
 
@@ -47,6 +47,7 @@ def totals_of(metrics: Metrics, steps: Mapping[str, Numbers], events: Sequence[M
         "last_evaluation": _evaluation(evaluations[-1] if evaluations else None),
         "best_evaluation": _evaluation(best),
         "overfitting": _overfitting(evaluations, steps["step"], losses),
+        "never_better": never_better(np.array([row["eval_loss"] for row in evaluations])),
         "still_falling": still_falling([(row["step"], row["eval_loss"]) for row in evaluations]),
         "climbed": climbed(steps["step"], losses, [row["eval_loss"] for row in evaluations]),
         "ends_skipped": bool(metrics.skipped and metrics.skipped[-1] == steps["step"][-1]),

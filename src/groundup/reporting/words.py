@@ -52,6 +52,11 @@ def _headline(run: Mapping[str, Any]) -> Line:
         how = "Going on, but overfitting" if state["running"] else "Learned, then overfitted"
         best = f"best at step {found['step']:,} of {step:,}, validation loss {_loss(found['loss'])}"
         return _line(WARNING, f"{how}: {best}.")
+    if totals["never_better"]:
+        first, last = totals["first_evaluation"], totals["last_evaluation"]
+        how = "Going on, but nothing learned so far" if state["running"] else "Learned nothing that holds for other text"
+        rise = f"{_loss(first['loss'])}, and is {_loss(last['loss'])} at step {last['step']:,}"
+        return _line(BAD, f"{how}: validation loss was lowest at step {first['step']:,}, {rise}.")
     if state["running"]:
         return _line(PLAIN, f"Going on: {of}, {how}.")
     if planned and step < planned:
@@ -98,7 +103,7 @@ def _learning(run: Mapping[str, Any]) -> list[Line]:
             f"From step {found['step']:,} on it learned its text by heart: validation loss rose from {_loss(found['loss'])} to "
             f"{_loss(found['rose_to'])} while training loss kept falling.",
         )]  # fmt: skip
-    if totals["climbed"] or ended_badly(run) or totals["still_falling"] is None:
+    if totals["climbed"] or totals["never_better"] or ended_badly(run) or totals["still_falling"] is None:
         return []
     if totals["still_falling"]:
         return [_line(PLAIN, "Validation loss was still falling in the last quarter: it had not learned all that it can.")]
@@ -147,6 +152,8 @@ def _next(run: Mapping[str, Any]) -> list[Line]:
         saved = f"checkpoint-{found['step']}"
         use = f"use {saved}" if saved in run["machine"]["checkpoints"] else "keep the best with --load-best-model-at-end"
         return [_line(WARNING, f"Next: {use}; more text helps most, then dropout (--resid-pdrop 0.1), then a smaller model.")]
+    if totals["never_better"]:
+        return [_line(BAD, f"Next: lower --learning-rate{lower}, and run `groundup doctor` on this run.")]
     if state["running"]:
         return []
     if state["planned_steps"] and totals["step"] < state["planned_steps"]:

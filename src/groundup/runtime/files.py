@@ -6,7 +6,9 @@ import glob
 import hashlib
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,8 @@ from groundup.errors import ConfigError, ResourceError
 
 HASH_BLOCK_BYTES = 2**20
 STAGING, STAGING_LOCK = ".partial", ".groundup-staging"
+TEMPORARY, ABANDONED_SECONDS = ".tmp", 3600.0
+"""Of a file that is being replaced: nobody writes one for so long, so who wrote it was killed."""
 
 
 def sha256_of_file(path: Path) -> str:
@@ -40,12 +44,22 @@ def write_durably(path: Path, content: bytes) -> None:
 
 def replace_durably(path: Path, content: bytes) -> None:
     """Replace a file so that readers, and a crash, see the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write_durably(temporary, content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    stem = f".{os.fsdecode(os.fsencode(path.name)[:200])}."
+    for left in path.parent.glob(f"{glob.escape(stem)}*{TEMPORARY}"):
+        with suppress(FileNotFoundError):
+            if left.lstat().st_mtime < time.time() - ABANDONED_SECONDS:
+                left.unlink()
+    # A name of its own for each writer; what is there already, a link too, is not written through.
+    temporary = path.with_name(f"{stem}{secrets.token_hex(8)}{TEMPORARY}")
+    with temporary.open("xb") as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync_directory(path.parent)
 
 

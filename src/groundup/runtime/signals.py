@@ -1,10 +1,18 @@
-"""SIGTERM and Ctrl-C: the first asks the run to stop at the next step, the second ends it at once."""
+"""
+SIGTERM and Ctrl-C.
+
+For a run the first asks it to stop at the next step, and the second ends it at once; what has nothing to save ends in order.
+"""
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
+
+TERMINATED = 128 + signal.SIGTERM
+"""The exit code that a shell gives a process that SIGTERM ended."""
 
 
 @contextmanager
@@ -37,3 +45,26 @@ def stop_requests(announce: Callable[[str], None]) -> Iterator[Callable[[], bool
         yield lambda: bool(received)
     finally:
         restore()
+
+
+@contextmanager
+def orderly_end() -> Iterator[None]:
+    """
+    Let SIGTERM end the process through every ``finally``, as Ctrl-C does, so that temporary folders go; exit code 143.
+
+    Outside the main thread, where Python cannot catch signals, nothing is changed.
+    """
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the tidying short
+        sys.exit(TERMINATED)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

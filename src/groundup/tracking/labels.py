@@ -12,6 +12,11 @@ def visible(text: str) -> str:
     return "".join(character if _has_shape(character) else f"⟨U+{ord(character):04X}⟩" for character in text)
 
 
+def one_line(text: str) -> str:
+    """A name from elsewhere for a line of ours: line breaks and controls in it can be seen."""
+    return "".join(visible(part) if part not in "\n\t" else f"⟨U+{ord(part):04X}⟩" for part in text)
+
+
 def token_label(content: bytes, name: str = "") -> str:
     """
     One token for a narrow place: spaces and line breaks as signs, bytes that are no whole character as e.g. ⟨E6⟩.

@@ -4,11 +4,15 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from groundup.runtime.files import replace_durably
 
 METRICS = "metrics.jsonl"
+LARGEST_STEP = 2**53
+"""Steps are whole numbers below it, which a float holds exactly."""
+LARGEST_NUMBER = 1e100
+"""No measurement is so large: it may be squared, summed and drawn without becoming infinite."""
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -19,17 +23,28 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run; a last line that a killed process left torn is not one."""
+    """The rows of a run, each with a step; other lines, as the last one that a killed process left torn, are passed over."""
     rows: list[dict[str, Any]] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and "step" in row:
+            if isinstance(row, dict) and is_step(row.get("step")):
                 rows.append(row)
     return rows
+
+
+def is_step(value: object) -> TypeGuard[int]:
+    """Whether a value of a row can be a step."""
+    return type(value) is int and 0 <= value < LARGEST_STEP
+
+
+def number(value: Any) -> float:
+    """A value of a row as a number; NaN where it is none, not finite, or too large to be a measurement."""
+    # NaN is not below anything, and whole numbers of any length can be compared.
+    return float(value) if type(value) in (int, float) and abs(value) < LARGEST_NUMBER else math.nan
 
 
 def rewind(path: Path, step: int) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from groundup.runtime.files import replace_durably
+from groundup.tracking.labels import one_line
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], run: Path, title: str) -> None:
@@ -45,7 +45,7 @@ def _draw(
     if logarithmic:
         axes.set_yscale("log")
     axes.set(xlabel="optimizer steps", ylabel=label)
-    axes.set_title(os.fsencode(title).decode(errors="replace"), parse_math=False)
+    axes.set_title(one_line(title), parse_math=False)
     axes.grid(alpha=0.25)
     if training or validation:
         axes.legend(frameon=False)
