@@ -56,7 +56,7 @@ def check_any(
     forward: Forward | None,
     optimizer: Any,
     learning_rate: float | None,
-    only: Collection[str],
+    only: str | Collection[str],
     known: Mapping[str, Any],
 ) -> Report:
     """As ``groundup.diagnostics.check``, which describes the arguments."""
@@ -66,10 +66,18 @@ def check_any(
     unknown = sorted(set(known) - free)
     if unknown:
         raise ConfigError(f"check: no argument {', '.join(unknown)}; there are {', '.join(sorted(free))}")
+    known = dict(known)
+    for name in ("tied", "frozen"):  # lists will do, and one name alone
+        if isinstance(known.get(name), list):
+            known[name] = tuple(known[name])
+    if isinstance(known.get("frozen"), str):
+        known["frozen"] = (known["frozen"],)
     first = next(iter([*model.parameters(), *model.buffers()]), None)
     inputs, labels = (part.to("cpu" if first is None else first.device) for part in _batch(batch))
     if isinstance(optimizer, torch.optim.Optimizer):
-        learning_rate = learning_rate if learning_rate is not None else max(g["lr"] for g in optimizer.param_groups)
+        learning_rate = learning_rate if learning_rate is not None else _highest_rate(optimizer)
+    if isinstance(learning_rate, Tensor) and learning_rate.numel() == 1:
+        learning_rate = float(learning_rate)
     if forward is None:
         forward = gpt2_scores if isinstance(model, GPT2) else lambda twin, ids: twin(ids)
     subject = Subject(
@@ -109,17 +117,18 @@ def _loss(loss_fn: Any) -> Loss:
     Both forms are tried, for each call anew: which one it is may depend on nothing but the shapes.
     """
     given = F.cross_entropy if loss_fn is None else loss_fn
+    if not callable(given):
+        raise ConfigError(f"loss_fn: {type(given).__name__} cannot be called; give a function of scores and labels")
 
     def loss(scores: Tensor, labels: Tensor) -> Tensor:
         reasons = []
         # Flattened first: cross_entropy takes (B, T, V) too where T and V happen to be equal, and means something else.
-        for shape, arguments in (
-            ("(B · T, V) and (B · T,)", (scores.flatten(0, 1), labels.flatten())),
-            ("(B, T, V) and (B, T)", (scores, labels)),
-        ):
+        for shape, flat in (("(B · T, V) and (B · T,)", True), ("(B, T, V) and (B, T)", False)):
+            # Copies: a loss may change what it is given, and the next call is to get what this one got.
+            theirs = scores.clone(), labels.clone()
             try:
-                value = given(*arguments)
-            except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, AttributeError) as error:
+                value = given(theirs[0].flatten(0, 1), theirs[1].flatten()) if flat else given(*theirs)
+            except Exception as error:  # whatever somebody else's function raises is said in one line
                 reasons.append(f"with {shape}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
                 continue
             value = value.loss if hasattr(value, "loss") else value
@@ -132,6 +141,10 @@ def _loss(loss_fn: Any) -> Loss:
     return loss
 
 
+def _highest_rate(optimizer: torch.optim.Optimizer) -> float:
+    return max(float(group["lr"]) for group in optimizer.param_groups)  # a rate may be a tensor
+
+
 def _maker(optimizer: Any, model: nn.Module) -> MakeOptimizer | None:
     """
     What makes such an optimizer for a copy of the model.
@@ -139,6 +152,11 @@ def _maker(optimizer: Any, model: nn.Module) -> MakeOptimizer | None:
     Raises:
         ConfigError: it is no optimizer.
     """
+    if isinstance(optimizer, type):
+        raise ConfigError(
+            f"optimizer: {optimizer.__name__} is a class; give one that is made, {optimizer.__name__}(model.parameters(), lr=…)"
+            ", or a function of (model, learning rate)"
+        )
     if optimizer is None or (callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer)):
         return optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -146,7 +164,7 @@ def _maker(optimizer: Any, model: nn.Module) -> MakeOptimizer | None:
             f"optimizer: {type(optimizer).__name__} is none; give a torch optimizer, or a function of (model, learning rate)"
         )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    kind, top = type(optimizer), max(group["lr"] for group in optimizer.param_groups)
+    kind, top = type(optimizer), _highest_rate(optimizer)
 
     def make(twin: nn.Module, rate: float) -> torch.optim.Optimizer:
         own = dict(twin.named_parameters())
@@ -154,7 +172,7 @@ def _maker(optimizer: Any, model: nn.Module) -> MakeOptimizer | None:
         for group in optimizer.param_groups:
             # One of another model stays what it is: the check of the groups says so.
             parameters = [own[names[id(p)]] if id(p) in names else p for p in group["params"]]
-            share = group["lr"] / top if top else 1.0
+            share = float(group["lr"]) / top if top else 1.0
             groups.append({**group, "params": parameters, "lr": rate * share})
         return kind(groups, lr=rate)  # type: ignore[call-arg]
 

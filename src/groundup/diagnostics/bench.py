@@ -43,10 +43,13 @@ def copied(model: nn.Module) -> nn.Module:
         twin = copy.deepcopy(model)
     except Exception as error:
         raise ConfigError(
-            f"model: {type(model).__name__} cannot be copied ({_first_line(error)}), and the original is not to be changed; "
+            f"model: {type(model).__name__} cannot be copied ({first_line(error)}), and the original is not to be changed; "
             "let it hold no tensors that were computed from others (keep them in buffers)"
         ) from error
     twin.zero_grad(set_to_none=True)
+    for module in twin.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # the same gradient, in a form whose norm can be taken
     return twin.eval()
 
 
@@ -121,11 +124,11 @@ class Scores:
             ConfigError: the model fails on them, or returns nothing of that shape.
         """
         try:
-            output = self._forward(model, inputs)
-        except (RuntimeError, IndexError, ValueError, TypeError, AssertionError, AttributeError) as error:
+            output = self._forward(model, inputs.clone())  # a model may change what it is given
+        except Exception as error:  # whatever somebody else's model raises is said in one line
             raise ConfigError(
                 f"model: {type(model).__name__} fails on token ids {tuple(inputs.shape)} from {int(inputs.min())} to "
-                f"{int(inputs.max())}: {type(error).__name__}: {_first_line(error)}; check that they are below its vocabulary "
+                f"{int(inputs.max())}: {type(error).__name__}: {first_line(error)}; check that they are below its vocabulary "
                 "and no more than its positions, or say with forward= how it is run"
             ) from error
         return _scores_in(output, inputs)
@@ -163,6 +166,22 @@ def _scores_in(output: object, inputs: Tensor) -> Tensor:
     )
 
 
+@contextmanager
+def going_back(whose: str) -> Iterator[None]:
+    """
+    Around a backward pass of somebody else's.
+
+    Raises:
+        ConfigError: it fails.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{whose}: its backward pass fails: {first_line(error)}; does it change in place what the backward pass needs?"
+        ) from error
+
+
 def reference_loss(scores: Tensor, targets: Tensor, vocab_size: int | None, reduction: str = "mean") -> Tensor:
     """
     The loss that is right: the mean cross-entropy, in nats, over the tokens that there are.
@@ -190,5 +209,6 @@ def some(items: Sequence[object]) -> str:
     return ", ".join(map(str, items[:4])) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error).strip().splitlines() or [""])[0][:200]

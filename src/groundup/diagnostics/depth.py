@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groundup.diagnostics.bench import Scores, blocks_of, learner, plural, reference_loss, some
+from groundup.diagnostics.bench import Scores, blocks_of, going_back, learner, plural, reference_loss, some
 from groundup.diagnostics.check import Check
 from groundup.diagnostics.gradients import Backward
 from groundup.diagnostics.subject import Subject
@@ -52,7 +52,8 @@ def look_at_depth(subject: Subject, scores: Scores, targets: Tensor) -> Depth:
     for hook in hooks:
         hook.remove()
     if loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]
+        with going_back("model"):
+            loss.backward()  # type: ignore[no-untyped-call]
     sizes = [0.0 if t.grad is None else float(t.grad.double().square().mean().sqrt()) for t in outputs]
     total = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None))
     stuck = _stuck(model, subject, scores, targets)

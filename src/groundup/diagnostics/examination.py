@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from groundup.diagnostics import depth, gradients, learning_rate, model, overfit, sight, targets
-from groundup.diagnostics.bench import Scores, copied, undisturbed
-from groundup.diagnostics.check import Check
+from groundup.diagnostics.bench import IGNORED, Scores, copied, undisturbed
+from groundup.diagnostics.check import Check, failed
 from groundup.diagnostics.fitting import Exercise, Stepper, Work, exercise
 from groundup.diagnostics.subject import Subject
 from groundup.errors import ConfigError
@@ -20,7 +20,7 @@ WINDOWS, TOKENS = 4, 64
 """What is looked at of a batch, at most: enough tokens for a mean, few enough for a processor."""
 
 
-def examine(subject: Subject, only: Collection[str] = ()) -> Iterator[Check]:
+def examine(subject: Subject, only: str | Collection[str] = ()) -> Iterator[Check]:
     """
     Look for what is wrong with a model, a loss and an optimizer; each check is handed out as soon as it is made.
 
@@ -28,15 +28,23 @@ def examine(subject: Subject, only: Collection[str] = ()) -> Iterator[Check]:
     proved, in ``Check.culprit``; checks that fail for the same reason name the same culprit.
 
     Args:
-        only: groups of ``GROUPS``; empty is all of them.
+        only: groups of ``GROUPS``, or the name of one; empty is all of them.
 
     Raises:
         ConfigError: the model, the batch or the loss cannot be run; or a group that there is not.
     """
+    only = (only,) if isinstance(only, str) else only
     unknown = sorted(set(only) - set(GROUPS))
     if unknown:
         raise ConfigError(f"only: no group {', '.join(unknown)}; there are {', '.join(GROUPS)}")
     looking = Examination(_narrowed(subject))
+    with undisturbed(subject):
+        unfit = looking.unfit()
+    if unfit and only and "model" not in only:
+        raise ConfigError(f"{unfit[0].name}: {unfit[0].measured}; {unfit[0].advice}")
+    yield from unfit
+    if unfit:
+        return
     for group in GROUPS:
         if only and group not in only:
             continue
@@ -45,7 +53,7 @@ def examine(subject: Subject, only: Collection[str] = ()) -> Iterator[Check]:
                 checks = make()
             yield from checks
             # What follows would only say that nan is nan.
-            if any(check.name in ("shapes", "finite") and check.passed is False for check in checks):
+            if any(check.name == "finite" and check.passed is False for check in checks):
                 return
 
 
@@ -67,7 +75,17 @@ def _narrowed(subject: Subject) -> Subject:
             f"batch: token ids {tuple(inputs.shape)} {inputs.dtype} and labels {tuple(labels.shape)}; both have to be "
             "(windows, tokens) of whole numbers"
         )
-    return replace(subject, inputs=inputs[:WINDOWS, :TOKENS].long(), labels=labels[:WINDOWS, :TOKENS].long())
+    if inputs.size(1) < 2:
+        raise ConfigError("batch: windows of one token have no past; give windows of two tokens or more")
+    if next(subject.model.parameters(), None) is None:
+        raise ConfigError(f"model: {type(subject.model).__name__} has no parameters, so there is nothing to train")
+    inputs, labels = (part[:WINDOWS, :TOKENS].long().clone() for part in (inputs, labels))
+    if bool((labels == IGNORED).all()):
+        raise ConfigError(
+            f"batch: all labels of the first {inputs.size(0)} windows of {inputs.size(1)} tokens are {IGNORED}, which no loss "
+            "is computed for; give windows that begin with tokens that count"
+        )
+    return replace(subject, inputs=inputs, labels=labels)
 
 
 class Examination:
@@ -75,6 +93,17 @@ class Examination:
 
     def __init__(self, subject: Subject):
         self.subject, self.run = subject, Scores(subject)
+
+    def unfit(self) -> list[Check]:
+        """What fails of that without which no other check means anything; the first of it."""
+        if failures := failed([model.shape_checks(self.subject, self.scores)[0], model.probability_check(self.scores)]):
+            return failures
+        twin = copied(self.subject.model)
+        with torch.no_grad():
+            again = [self.run(twin, self.subject.inputs) for _ in range(2)]
+        if failures := failed([model.repeat_check(*again)]):
+            return failures
+        return [check for check in (self._decay_groups(),) if check.culprit == "optimizer_of_another_model"]
 
     def plan(self, group: str) -> list[Callable[[], list[Check]]]:
         """What makes the checks of a group, in their order."""
@@ -100,6 +129,8 @@ class Examination:
                 lambda: overfit.start_checks(self.subject, self.run, self.exercise, self.work, self.practice, self.known),
             ],
         }
+        if group == "learning" and not any(p.requires_grad for p in self.subject.model.parameters()):
+            return [lambda: [overfit.nothing_to_train(self.subject)]]
         return plans[group]
 
     @cached_property
@@ -111,7 +142,7 @@ class Examination:
     @cached_property
     def loss(self) -> targets.LossFindings:
         """Of the loss by itself."""
-        return targets.look_at_loss(self.subject, self.scores.size(-1))
+        return targets.look_at_loss(self.subject, model.absent_columns(self.scores))
 
     @cached_property
     def next_tokens(self) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groundup.diagnostics.bench import IGNORED, Scores, learner, reference_loss
+from groundup.diagnostics.bench import IGNORED, Scores, first_line, going_back, learner, reference_loss
 from groundup.diagnostics.subject import Loss, Subject
+from groundup.errors import ConfigError, GroundupError
 from groundup.optim.optimizers import Optimizers
 
 
@@ -103,10 +104,23 @@ class Stepper:
     """The subject's optimizer for a copy of the model."""
 
     def __init__(self, subject: Subject, model: nn.Module, rate: float):
-        made = subject.make_optimizer(model, rate) if subject.make_optimizer else adamw(model, rate)
+        make = subject.make_optimizer or adamw
+        try:
+            made = make(model, rate)
+        except GroundupError:
+            raise
+        except Exception as error:  # somebody else's function
+            raise ConfigError(
+                f"optimizer: it cannot be made for a copy of the model: {type(error).__name__}: {first_line(error)}; give "
+                "a function of (model, learning rate) that makes it"
+            ) from error
         self._parts = made.parts if isinstance(made, Optimizers) else (made,)
+        if not all(hasattr(part, "param_groups") for part in self._parts):
+            raise ConfigError(
+                f"optimizer: the function returned {type(made).__name__}, no torch optimizer; let it return what it makes"
+            )
         # Groups that have a learning rate of their own keep their proportion.
-        self._shares = [[group["lr"] / rate if rate else 1.0 for group in part.param_groups] for part in self._parts]
+        self._shares = [[float(group["lr"]) / rate if rate else 1.0 for group in part.param_groups] for part in self._parts]
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -118,7 +132,13 @@ class Stepper:
         for part, shares in zip(self._parts, self._shares, strict=True):
             for group, share in zip(part.param_groups, shares, strict=True):
                 group["lr"] = rate * share
-            part.step()
+            try:
+                part.step()
+            except Exception as error:
+                raise ConfigError(
+                    f"optimizer: {type(part).__name__} fails in a step: {type(error).__name__}: {first_line(error)}; one whose "
+                    "step() takes no argument and dense gradients can be examined"
+                ) from error
 
 
 def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -174,7 +194,8 @@ def fit(
             break
         for parameter in parameters:
             parameter.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
+        with going_back("model"):
+            loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norms.append(float(norm))

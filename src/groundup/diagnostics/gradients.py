@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groundup.diagnostics.bench import Scores, blocks_of, copied, family, plural, redraw, reference_loss, some
+from groundup.diagnostics.bench import Scores, blocks_of, copied, family, going_back, plural, redraw, reference_loss, some
 from groundup.diagnostics.check import Check
 from groundup.diagnostics.subject import Subject
 
@@ -91,9 +91,10 @@ def look_at_backward(subject: Subject, scores: Scores, targets: Tensor) -> Backw
     frozen = [n for n, p in subject.model.named_parameters() if not p.requires_grad and not n.startswith(subject.frozen)]
     named = list(model.named_parameters())
     value = loss()
-    gradients = (
-        torch.autograd.grad(value, [p for _, p in named], allow_unused=True) if value.requires_grad else [None] * len(named)
-    )
+    with going_back("model"):
+        gradients = (
+            torch.autograd.grad(value, [p for _, p in named], allow_unused=True) if value.requires_grad else [None] * len(named)
+        )
     wanted = dict(zip((name for name, _ in named), gradients, strict=True))
     shift, limit = (SHIFT, WRONG) if precise else (SHIFT_FLOAT32, WRONG_FLOAT32)
     slopes = _Slopes(loss, shift, subject.seed)

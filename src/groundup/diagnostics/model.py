@@ -49,14 +49,15 @@ def look_at_start(subject: Subject, scores: Tensor, targets: Tensor) -> Start:
         targets: (B, T) the tokens that come next.
     """
     real = scores[..., : subject.vocab_size].double()
+    count = int((~absent_columns(real)).sum())
     loss = float(reference_loss(real, targets, None))
     # Embeddings that are the head too give the token just read a high score, whatever the model: |wte|² · √C / |x|.
     read = subject.inputs[..., None]
     fair = real.scatter(-1, read, -torch.inf)
     others = torch.where(targets == subject.inputs, IGNORED, targets)
     fair_loss = float(reference_loss(fair, others, None)) if bool((others != IGNORED).any()) else loss
-    uniform = math.log(real.size(-1))
-    return Start(loss, fair_loss, real.size(-1), loss < uniform - LEARNED if subject.trained is None else subject.trained)
+    uniform = math.log(count)
+    return Start(loss, fair_loss, count, loss < uniform - LEARNED if subject.trained is None else subject.trained)
 
 
 def shape_checks(subject: Subject, scores: Tensor) -> list[Check]:
@@ -64,14 +65,21 @@ def shape_checks(subject: Subject, scores: Tensor) -> list[Check]:
     B, T, V = scores.shape
     real = scores[..., : subject.vocab_size]
     most = int(torch.max(subject.inputs.max(), subject.labels.max()))
-    needed = max(most + 1, subject.vocab_size or 0)
+    needed, there = max(most + 1, subject.vocab_size or 0), min(V, subject.vocab_size or V)
+    enough = needed <= V and most < there
+    stated = f", vocab_size {subject.vocab_size}" if subject.vocab_size is not None and most >= there else ""
     shape = Check(
-        "shapes", "model", needed <= V,
-        f"scores ({B}, {T}, {V}) of token ids ({B}, {T}), the largest id {most}", f"(B, T, V) with V of {needed:,} at least",
-        "" if needed <= V else "the head has fewer rows than the text has tokens: set the vocabulary of the tokenizer",
-        "" if needed <= V else "vocabulary_too_small",
+        "shapes", "model", enough,
+        f"scores ({B}, {T}, {V}) of token ids ({B}, {T}), the largest id {most}{stated}",
+        f"(B, T, V) with V of {needed:,} at least",
+        "" if enough else "there are fewer rows than the text has tokens: set the vocabulary of the tokenizer",
+        "" if enough else "vocabulary_too_small",
     )  # fmt: skip
-    finite = torch.isfinite(real).all(-1)  # (B, T)
+    # Rows of padding that are masked are sound, as long as no token of the text is among them.
+    absent = absent_columns(real)
+    spoken = torch.cat([subject.inputs.flatten(), subject.labels[subject.labels >= 0]])
+    absent[spoken[spoken < absent.numel()]] = False
+    finite = (torch.isfinite(real) | absent).all(-1)  # (B, T)
     if bool(finite.all()):
         return [shape, Check("finite", "model", True, f"all {real.numel():,} scores are finite", "all scores are finite")]
     where = sorted({int(t) for t in (~finite).any(0).nonzero()})
@@ -82,6 +90,37 @@ def shape_checks(subject: Subject, scores: Tensor) -> list[Check]:
         "finite", "model", False, f"not finite at {plural(len(where), 'position')} of {T}: {some(where)}",
         "all scores are finite", advice, "scores_not_finite",
     )]  # fmt: skip
+
+
+def absent_columns(scores: Tensor) -> Tensor:
+    """(V,) tokens whose score (B, T, V) is -inf wherever it was looked: they cannot come, and cost nothing."""
+    return (scores == -torch.inf).flatten(0, -2).all(0)
+
+
+def probability_check(scores: Tensor) -> Check:
+    """The scores are no probabilities already."""
+    measured = "no position's scores are all positive and of the sum 1"
+    sums = scores.double().sum(-1)
+    if not (bool((scores >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all())):
+        return Check("scores_are_no_probabilities", "model", True, measured, measured)
+    return Check(
+        "scores_are_no_probabilities", "model", False, "every position's scores are positive and their sum is 1", measured,
+        "the model ends in a softmax, and cross-entropy takes another: return the scores before it", "softmax_twice",
+    )  # fmt: skip
+
+
+def repeat_check(once: Tensor, again: Tensor) -> Check:
+    """Two passes of one model in eval mode over the same tokens give the same scores (B, T, V)."""
+    expected = "the same scores in every pass in eval mode"
+    most = float(once.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    apart = float((once - again).nan_to_num(0.0).abs().max())  # -inf twice is the same
+    if apart <= 16 * torch.finfo(once.dtype).eps * most:
+        return Check("scores_repeat", "model", True, "the same scores twice", expected)
+    return Check(
+        "scores_repeat", "model", False, f"two passes over the same tokens differ by {apart:.2g}, of {most:.2g}", expected,
+        "dropout that stays on in eval mode, as F.dropout(x, p) does without training=self.training? noise, or something that "
+        "is kept from pass to pass?", "scores_random",
+    )  # fmt: skip
 
 
 def initial_loss(start: Start) -> Check:
@@ -181,5 +220,5 @@ def decay_groups_check(subject: Subject, groups: Sequence[dict[str, Any]] | None
     return Check(
         name, "model", False, f"{measured}; " + "; ".join(part for part in parts if part), expected,
         "build the groups from model.parameters() by one rule and its opposite, after the model is complete",
-        "parameters_frozen" if missing or foreign else "decay_groups_overlap",
+        "optimizer_of_another_model" if foreign else "parameters_frozen" if missing else "decay_groups_overlap",
     )  # fmt: skip

@@ -131,6 +131,16 @@ def _accuse(
     return Practice(practice.tried, best, practice.best_rate, practice.given, practice.as_is, tuple(suspects), culprit)
 
 
+def nothing_to_train(subject: Subject) -> Check:
+    """Said in place of all trainings, where no parameter is trained."""
+    meant = all(name.startswith(subject.frozen) for name, _ in subject.model.named_parameters())
+    return Check(
+        "overfit", "learning", None if meant else False, "no parameter has requires_grad True", "something that can be trained",
+        "" if meant else "let the parameters be trained, or say that it is meant so: frozen=(the beginnings of their names)",
+        "" if meant else "parameters_frozen",
+    )  # fmt: skip
+
+
 def _unfreeze(model: nn.Module) -> None:
     model.requires_grad_()
 

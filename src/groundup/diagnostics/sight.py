@@ -115,7 +115,7 @@ def _context(moved: Tensor) -> Check:
 def _windows(mixed: bool) -> Check:
     name, expected = "windows_apart", "a window's scores do not depend on the windows beside it"
     if not mixed:
-        return Check(name, "model", True, "they do not", expected)
+        return Check(name, "model", True, "windows do not influence each other", expected)
     return Check(
         name, "model", False, "another second window moves the scores of the first", expected,
         "batch and time are mixed up: look for a view or reshape that should be a transpose", "windows_mixed",

@@ -1,12 +1,15 @@
 """What is examined: a model, a batch and a loss, and what is known about them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from groundup.errors import ConfigError
 from groundup.model.gpt2 import GPT2
 from groundup.model.loss import next_token_loss
 from groundup.optim.optimizers import Optimizers
@@ -54,6 +57,25 @@ class Subject:
     """Of everything that is drawn here."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Free for who makes the subject."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, here once, so that no check has to ask."""
+        for name, least in (("vocab_size", 1), ("warmup_steps", 0), ("seed", 0)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and least <= value < 2**63):
+                raise ConfigError(f"{name}: {value!r} is no whole number of {least} or more; give one")
+        for name, most in (("learning_rate", math.inf), ("max_grad_norm", None)):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and float(value) >= 0 and (most is None or float(value) < most)
+            if value is not None and not number:
+                raise ConfigError(f"{name}: {value!r} is no number of 0 or more; give one, or leave it out")
+        if self.trained not in (None, True, False):
+            raise ConfigError(f"trained: {self.trained!r} is neither True nor False; None finds out from the loss")
+        if not isinstance(self.tied, tuple) or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in self.tied):
+            raise ConfigError(f"tied: {self.tied!r} is no tuple of pairs of names; for one pair write ((name, other name),)")
+        if not isinstance(self.frozen, tuple) or not all(isinstance(name, str) for name in self.frozen):
+            raise ConfigError(f'frozen: {self.frozen!r} is no tuple of names; for one name write ("embed",)')
 
 
 def gpt2_subject(model: GPT2, inputs: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, **known: Any) -> Subject:
