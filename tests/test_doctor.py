@@ -139,7 +139,7 @@ def test_nothing_examines_this_machine(capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "words"),
     [
         (["--checks", "modle"], "did you mean model?"),
-        (["--checks", "modle"], "run_plateau"),
+        (["--checks", "modle"], "the groups are machine, data, model"),
         (["--checks", "overfit"], "need a run or text"),
         (["--picture", "range.jpg"], "is no .png"),
         (["nowhere.txt"], "not found"),

@@ -165,6 +165,17 @@ def test_overfitting_is_found_with_the_step_where_validation_turned(
     assert found["run_divergence"].passed
 
 
+def test_a_run_that_was_thrown_far_above_guessing_has_diverged_though_it_falls() -> None:
+    """A rate of a thousand times too much: the highest losses are in the first steps, and all later ones look like learning."""
+    losses = np.concatenate([[math.log(VOCABULARY)], np.linspace(800, 100, 199)])
+    found = verdicts(rows_of(losses, noise=5.0))
+    assert found["run_divergence"].passed is False
+    assert found["run_plateau"].passed is None
+    for name in ("run_progress", "run_divergence"):
+        assert found[name].culprit == "diverged"
+        assert "lower --learning-rate" in found[name].advice
+
+
 def test_a_run_that_diverges_is_not_called_overfitting() -> None:
     losses = curve(1000, 2.0, 0.6)
     losses[600:] += np.linspace(0, 2, 400)

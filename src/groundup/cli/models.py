@@ -21,16 +21,16 @@ from groundup.tracking.surprise import harmless
 )
 def _evaluate(own: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], str]:
     from groundup.recipes.evaluate import evaluate
-    from groundup.tracking.progress import progress
+    from groundup.tracking.progress import perplexity_text, progress
 
     with progress() as shown:
         result = evaluate(Path(own["checkpoint"]), settings, shown.say)
     return result, (
-        f"{result['checkpoint']}: loss {result['eval_loss']:.4f} | perplexity {result['perplexity']:,.2f} | "
+        f"{result['checkpoint']}: loss {result['eval_loss']:.4f} | perplexity {perplexity_text(result['perplexity'])} | "
         f"{result['bits_per_byte']:.4f} bits per byte | token accuracy {result['token_accuracy']:.2%} | "
         f"{result['tokens']:,} tokens"
         + "".join(
-            f"\n  {name}: loss {part['eval_loss']:.4f} | perplexity {part['perplexity']:,.2f} | "
+            f"\n  {name}: loss {part['eval_loss']:.4f} | perplexity {perplexity_text(part['perplexity'])} | "
             f"{part['bits_per_byte']:.4f} bits per byte | token accuracy {part['token_accuracy']:.2%}"
             for name, part in result.get("sources", {}).items()
         )

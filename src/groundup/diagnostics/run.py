@@ -203,7 +203,7 @@ def overfitting_check(rows: Rows) -> Check:
     expected = f"a last validation loss less than {RISE:.0%} above the lowest, or a training loss that rose too"
     steps, losses = series(rows, "eval_loss")
     if len(losses) < 3:
-        return _check("run_overfitting", None, f"{len(losses)} evaluations", "3 or more", "")
+        return _check("run_overfitting", None, f"evaluated {len(losses)} times so far", "3 times or more", "")
     best = int(np.argmin(losses))
     measured = (
         f"lowest validation loss {losses[best]:.4f} at step {int(steps[best]):,}, {losses[-1]:.4f} at step {int(steps[-1]):,}"
@@ -316,7 +316,8 @@ def throughput_check(rows: Rows, facts: RunFacts) -> Check:
     width = next(width for width in UTILISATION if facts.n_embd >= width)
     least = 0.0 if facts.device != "cpu" and width < 512 else UTILISATION[width]
     measured = f"{usual:,.0f} tokens/s, {share:.1%} of the machine's peak; lately {late:,.0f}"
-    expected = f"at least {least:.1%} of the peak for a model {facts.n_embd} wide, and now at least {SLOWER:g} of its own speed"
+    expected = (f"at least {least:.1%} of the peak for a model {facts.n_embd} wide, and now " if least else "now ")
+    expected += f"at least {SLOWER:.0%} of its own speed"
     details = {"tokens_per_second": usual, "mfu": share, "lately": late}
     if late < SLOWER * usual:
         advice = "it has become slower: see what else runs on this machine, its temperature, and whether memory is swapped"

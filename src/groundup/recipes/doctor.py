@@ -119,8 +119,11 @@ def chosen_of(options: DoctorOptions, origins: Any) -> Chosen:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            groups = "; ".join(f"{group}: {', '.join(names)}" for group, names in NAMES.items())
-            raise ConfigError(f"checks: {name!r} (from {origins['checks']}) is no check and no group{hint} They are {groups}")
+            groups = ", ".join(NAMES)
+            raise ConfigError(
+                f"checks: {name!r} (from {origins['checks']}) is no check and no group{hint}; the groups are {groups}, and the "
+                "names of the checks are what `groundup doctor` prints, with _ for spaces"
+            )
     return Chosen(frozenset(options.checks), options.verify_resume)
 
 

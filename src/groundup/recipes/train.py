@@ -32,7 +32,7 @@ from groundup.runtime.files import explained_os_errors
 from groundup.runtime.signals import stop_requests
 from groundup.tracking.metrics import METRICS, append_row, read_rows, rewind
 from groundup.tracking.pictures import draw_curves
-from groundup.tracking.progress import Progress, step_line
+from groundup.tracking.progress import Progress, perplexity_text, step_line
 from groundup.tracking.sinks import Sinks, open_sinks, require_installed
 from groundup.training.loop import StepResult
 
@@ -294,7 +294,7 @@ def _evaluate(training: Training, progress: Progress, sinks: Sinks, should_stop:
     parts = [f"; {name} {part.loss:.4f}" for name, part in result.sources.items()]
     parts += [f"; averaged weights {averaged.loss:.4f}"] if averaged else []
     progress.say(
-        f"step {state.step:>6,} validation: loss {result.loss:.4f} | perplexity {result.perplexity:,.2f} | "
+        f"step {state.step:>6,} validation: loss {result.loss:.4f} | perplexity {perplexity_text(result.perplexity)} | "
         f"{result.bits_per_byte:.3f} bits per byte | token accuracy {result.token_accuracy:.1%} | {result.tokens:,} tokens"
         + "".join(parts)
     )

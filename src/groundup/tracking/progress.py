@@ -93,6 +93,11 @@ def step_line(row: dict[str, Any], total_steps: int, seconds_left: float) -> str
     return " | ".join(parts)
 
 
+def perplexity_text(perplexity: float) -> str:
+    """A perplexity for a person; of a loss of hundreds it has hundreds of digits."""
+    return f"{perplexity:,.2f}" if perplexity < 1e12 else f"{perplexity:.2e}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them: 42s, 3m05s, 2h10m."""
     whole = round(seconds)
