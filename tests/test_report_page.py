@@ -222,6 +222,10 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path, capsys):
             "run: folder (given as RUN) is no run: it has neither the config.toml nor the metrics.jsonl of one; give the "
             "--output-dir of a training",
         ),
+        (
+            ["run", "--output", "folder.html"],
+            "report: cannot write folder.html (Is a directory); choose a place that you may write",
+        ),
         (["run", "--output", "page.pdf"], "output: page.pdf (from --output) is no .html; name a file that ends so"),
         (["run", "--output", "file/page.html"], "--output: cannot make file (File exists); choose a folder that you may write"),
     ],
@@ -230,6 +234,7 @@ def test_what_cannot_be_reported_is_said_in_one_line(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.html").mkdir()
     make_run(tmp_path / "run", [eval_row(0, 5.0)])
     assert command(["report", *arguments]) == 2
     assert capsys.readouterr().err == f"groundup: {message}\n"

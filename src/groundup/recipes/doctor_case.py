@@ -128,8 +128,8 @@ def _open_sources(sources: Sequence[str], settings: Settings, scratch: Path, say
 def _open_run(path: Path, given: Settings, scratch: Path, say: Say) -> Iterator[Case]:
     run = path.parent if (path / MANIFEST).is_file() and not is_run(path) else path
     if not is_run(run):
-        raise ConfigError(f"run: {path} {_without_configuration(run, run / CONFIG)}, which says what to examine; name a run, "
-                          "or text")  # fmt: skip
+        raise ConfigError(f"run: {path} {_without_configuration(run / CONFIG)}; a run's configuration says what to examine: "
+                          "name a run that has one, or text")  # fmt: skip
     settings = settings_of_run(run, given)
     try:
         loaded = load_checkpoint(path, say)
@@ -150,7 +150,7 @@ def _open_run(path: Path, given: Settings, scratch: Path, say: Say) -> Iterator[
         yield Case(str(path), training, subject, _plan(settings, training), read_rows(run / METRICS), settings)
 
 
-def _without_configuration(run: Path, config: Path) -> str:
+def _without_configuration(config: Path) -> str:
     """What is wrong with the configuration of a folder that has checkpoints of ours."""
     if not os.path.lexists(config):
         return f"has no run around it: there is no {config}"

@@ -127,9 +127,8 @@ def explained_os_errors(path: Path, what: str) -> Iterator[None]:
             errno.ENAMETOOLONG,
             errno.EEXIST,
         ):
-            raise ConfigError(
-                f"{what}: cannot write {error.filename or path} ({error.strerror}); choose a place that you may write"
-            ) from error
+            named = error.filename2 or error.filename or path  # of a rename the name that was asked for, which is the second
+            raise ConfigError(f"{what}: cannot write {named} ({error.strerror}); choose a place that you may write") from error
         raise
 
 
