@@ -69,6 +69,16 @@ def test_scores_that_differ_from_pass_to_pass_are_named_before_all_else(noisy):
     assert named(Bag(), only=(), forward=lambda model, ids: noisy(model(ids))) == ["scores_random"]
 
 
+def test_a_norm_over_time_leaks_in_training_though_not_in_eval_mode():
+    class Normed(Bag):
+        def forward(self, ids: Tensor) -> Any:
+            x = self.hidden(ids)
+            return self.head(x / x.std((0, 1)) if self.training else x)
+
+    assert named(Normed()) == ["batch_statistics"]
+    assert named(nn.Sequential(Bag(), nn.Dropout(0.1))) == []
+
+
 def test_a_vocabulary_of_two_is_one():
     text = tokens(2, 4, 17, 1)
     assert named(Bag(2), text) == []

@@ -127,7 +127,8 @@ def _sees_labels(subject: Subject, absent: Tensor) -> bool:
     others[counts] = subject.labels[counts].roll(1)
     if torch.equal(others, subject.labels):
         return True  # all the same, so nothing is known against it
-    scores = _random((*subject.labels.shape, absent.numel()), subject.seed).to(absent.device, torch.float32)
+    shape = (*subject.labels.shape, absent.numel())
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(subject.seed)).to(absent.device)
     scores = scores.masked_fill(absent, -math.inf)
     with torch.no_grad():
         return float(subject.loss_fn(scores, subject.labels)) != float(subject.loss_fn(scores, others))
@@ -137,8 +138,9 @@ def _slope_error(loss_fn: Loss, labels: Tensor, absent: Tensor, seed: int) -> tu
     """Relative error in one random direction from random scores, nan where it cannot be had, and the most that is sound."""
     for dtype, h, limit in ((torch.float64, 1e-5, 1e-3), (torch.float32, 1e-2, 2e-2)):
         shape = (*labels.shape, absent.numel())
-        scores = _random(shape, seed).to(labels.device, dtype).masked_fill(absent, -math.inf)
-        direction = _random(shape, seed + 1).to(labels.device, dtype).masked_fill(absent, 0.0)
+        draw = torch.Generator().manual_seed(seed)
+        at, along = (torch.randn(shape, generator=draw).to(labels.device, dtype) for _ in range(2))
+        scores, direction = at.masked_fill(absent, -math.inf), along.masked_fill(absent, 0.0)
         leaf = scores.requires_grad_()
         try:
             value = loss_fn(leaf, labels)
@@ -153,10 +155,6 @@ def _slope_error(loss_fn: Loss, labels: Tensor, absent: Tensor, seed: int) -> tu
         numeric = (above - below) / (2 * h)
         return abs(analytic - numeric) / max(abs(analytic), abs(numeric), 1e-12), limit
     return math.nan, 0.0
-
-
-def _random(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def loss_culprit(findings: LossFindings, subject: Subject) -> str:
