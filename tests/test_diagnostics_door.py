@@ -99,6 +99,13 @@ def test_rows_of_padding_may_be_masked(vocab_size):
     assert checks["initial_loss"].details["uniform"] == pytest.approx(math.log(17))
 
 
+@pytest.mark.parametrize("first", [5, 15])
+def test_labels_of_a_prompt_may_be_left_out(first):
+    labels = TEXT[:, 1:].clone()
+    labels[:, :first] = -100
+    assert named(Bag(), (TEXT[:, :-1], labels), only=("model", "gradients")) == named(Bag(), TEXT, only=("model", "gradients"))
+
+
 def test_a_token_of_the_text_may_not_be_masked():
     assert named(Bag(), torch.cat([TEXT[:, 1:], torch.full((4, 1), 19)], 1), forward=masked) == ["scores_not_finite"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from groundup.diagnostics import depth, gradients, learning_rate, model, overfit, sight, targets
-from groundup.diagnostics.bench import IGNORED, Scores, copied, undisturbed
+from groundup.diagnostics.bench import IGNORED, Scores, copied, next_tokens, undisturbed
 from groundup.diagnostics.check import Check, failed
 from groundup.diagnostics.fitting import Exercise, Stepper, Work, exercise
 from groundup.diagnostics.subject import Subject
@@ -85,6 +85,11 @@ def _narrowed(subject: Subject) -> Subject:
             f"batch: all labels of the first {inputs.size(0)} windows of {inputs.size(1)} tokens are {IGNORED}, which no loss "
             "is computed for; give windows that begin with tokens that count"
         )
+    # Prompts are often masked. What is examined is a part of a part, which then might hold nothing that counts.
+    following = next_tokens(inputs)
+    masked = labels == IGNORED
+    if bool((masked | (labels == following))[:, :-1].all()):
+        labels = torch.where(masked, following, labels)
     return replace(subject, inputs=inputs, labels=labels)
 
 

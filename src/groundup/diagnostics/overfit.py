@@ -107,7 +107,7 @@ def _accuse(
         suspects.append(Suspect(name, bool(proved) and not culprit, evidence))
         culprit = culprit or proved
 
-    evidence = f"with this loss {said(practice.as_is)}; with cross-entropy {said(best)}" if known.loss else "sound by itself"
+    evidence = f"trained with it {said(practice.as_is)}; with cross-entropy {said(best)}" if known.loss else "sound by itself"
     hear("loss", known.loss if practice.as_is.progress < LEARNED else "", evidence)
     if not culprit and known.frozen and best.progress < LEARNED:
         _, free = _best(lambda rate: train(warm_and_down(rate, work.steps), prepare=_unfreeze), practice.best_rate, (1.0, 0.1))
