@@ -179,7 +179,8 @@ def _by_law(name: str, loss: float, tokens: int, weights: int, standing: Standin
     inside = weights >= LAW_FROM_WEIGHTS and tokens >= LAW_FROM_TOKENS and standing.vocab_size >= LAW_FROM_VOCABULARY
     if not inside or standing.pretrained:
         expected = "no reference for this text; the scaling law begins at 20 million weights and 200 million tokens"
-        return Check(name, "run", None, measured, "; ".join(filter(None, (expected, published))))
+        said = f"{measured}; no loss of this text is known"
+        return Check(name, "run", None, said, "; ".join(filter(None, (expected, published))))
     predicted = law_loss(weights, tokens)
     low, high = LAW_BAND[0] * predicted, LAW_BAND[1] * predicted
     passed = low <= loss <= high

@@ -316,7 +316,7 @@ def throughput_check(rows: Rows, facts: RunFacts) -> Check:
     width = next(width for width in UTILISATION if facts.n_embd >= width)
     least = 0.0 if facts.device != "cpu" and width < 512 else UTILISATION[width]
     measured = f"{usual:,.0f} tokens/s, {share:.1%} of the machine's peak; lately {late:,.0f}"
-    expected = (f"at least {least:.1%} of the peak for a model {facts.n_embd} wide, and now " if least else "now ")
+    expected = f"at least {least:.1%} of the peak for a model {facts.n_embd} wide, and now " if least else "now "
     expected += f"at least {SLOWER:.0%} of its own speed"
     details = {"tokens_per_second": usual, "mfu": share, "lately": late}
     if late < SLOWER * usual:
