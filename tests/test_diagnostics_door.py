@@ -79,6 +79,19 @@ def test_a_norm_over_time_leaks_in_training_though_not_in_eval_mode():
     assert named(nn.Sequential(Bag(), nn.Dropout(0.1))) == []
 
 
+def test_weights_in_a_list_of_python_are_named():
+    class Listed(Bag):
+        def __init__(self):
+            super().__init__()
+            self.more = [nn.Linear(self.head.in_features, self.head.in_features)]
+
+        def forward(self, ids: Tensor) -> Any:
+            return self.head(self.more[0](self.hidden(ids)))
+
+    assert "parameters_not_registered" in named(Listed(), only=("gradients",))
+    assert named(Bag(), only=("gradients",)) == []
+
+
 def test_a_vocabulary_of_two_is_one():
     text = tokens(2, 4, 17, 1)
     assert named(Bag(2), text) == []

@@ -49,6 +49,8 @@ class Backward:
     """Parameters that the loss does not depend on."""
     cut_blocks: list[str] = field(default_factory=list)
     """Blocks whose own derivative by their input is wrong."""
+    strangers: list[tuple[int, ...]] = field(default_factory=list)
+    """Shapes of weights that the loss depends on and that are not among the model's parameters."""
 
     @property
     def wrong(self) -> list[str]:
@@ -91,6 +93,7 @@ def look_at_backward(subject: Subject, scores: Scores, targets: Tensor) -> Backw
     frozen = [n for n, p in subject.model.named_parameters() if not p.requires_grad and not n.startswith(subject.frozen)]
     named = list(model.named_parameters())
     value = loss()
+    strangers = _strangers(value, model)
     with going_back("model"):
         gradients = (
             torch.autograd.grad(value, [p for _, p in named], allow_unused=True) if value.requires_grad else [None] * len(named)
@@ -112,7 +115,24 @@ def look_at_backward(subject: Subject, scores: Scores, targets: Tensor) -> Backw
     unused = [n for n in silent if n not in cut_off]
     suspicious = bool(cut_off) or any(error.wrong for error in families.values())
     cut_blocks = _cut_blocks(model, scores, inputs, shift, limit, subject.seed) if suspicious else []
-    return Backward("float64" if precise else "float32", families, frozen, cut_off, unused, cut_blocks)
+    return Backward("float64" if precise else "float32", families, frozen, cut_off, unused, cut_blocks, strangers)
+
+
+def _strangers(loss: Tensor, model: nn.Module) -> list[tuple[int, ...]]:
+    """Shapes of the leaves of the loss's graph that are no parameters of the model: no optimizer is told of them."""
+    known = {id(parameter) for parameter in model.parameters()}
+    found: dict[int, tuple[int, ...]] = {}
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            found[id(leaf)] = tuple(leaf.shape)
+        waiting += [before for before, _ in node.next_functions]
+    return list(found.values())
 
 
 def _redrawn(subject: Subject) -> nn.Module:
@@ -190,6 +210,14 @@ def reach_check(found: Backward) -> Check:
     """Every parameter gets a gradient."""
     name, group = "gradients_reach", "gradients"
     expected = "every parameter is trained, has a part in the loss, and gets a gradient"
+    if found.strangers:
+        return Check(
+            name, group, False,
+            f"the loss depends on {plural(len(found.strangers), 'tensor')} that model.parameters() does not have, the first of "
+            f"shape {found.strangers[0]}", expected,
+            "modules in a list or a dict of Python are not found, so no optimizer trains them: take nn.ModuleList, "
+            "nn.ModuleDict, nn.Parameter", "parameters_not_registered",
+        )  # fmt: skip
     if found.cut_off:
         return Check(
             name, group, False,
