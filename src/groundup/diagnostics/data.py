@@ -131,7 +131,7 @@ def duplicates_check(text: Text) -> Check:
             again, copies = again + len(document), copies + 1
         seen.add(digest)
     share = again / max(1, total)
-    measured = f"copies among {count:,} documents: {copies:,}, {share:.1%} of the tokens{_seen(text)}"
+    measured = f"{copies:,} of {count:,} documents are copies, {share:.1%} of the tokens{_seen(text)}"
     passed = share <= MOST_DUPLICATED
     return _check("duplicated_documents", passed, measured, f"at most {MOST_DUPLICATED:.0%} of the tokens",
                   "" if passed else "give each document once; what is repeated is learned by heart",
