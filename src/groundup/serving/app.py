@@ -52,9 +52,8 @@ def application(pages: Pages) -> "ASGIApp":
 
     Questions are answered one at a time, on a thread of their own.
     """
-    from anyio import fail_after, to_thread
+    from anyio import to_thread
     from starlette.applications import Starlette
-    from starlette.requests import ClientDisconnect
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 
@@ -86,26 +85,10 @@ def application(pages: Pages) -> "ASGIApp":
         return Response(status_code=204)
 
     async def answered(request: "Request", answer: Answer) -> "Response":
-        # No form can send this type, and a script from elsewhere must ask first, which is refused.
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            return refused(415, "a question is application/json")
-        body = b""
         try:
-            with fail_after(PATIENCE):
-                async for piece in request.stream():
-                    body += piece
-                    if len(body) > LONGEST_QUESTION:
-                        return refused(413, f"a question has at most {LONGEST_QUESTION:,} bytes")
-        except (TimeoutError, ClientDisconnect):
-            return refused(408, "the question did not come whole")
-        try:
-            asked = json.loads(body, parse_constant=_no_number)
-        except (ValueError, RecursionError):
-            return refused(400, "the question is not JSON")
-        if not isinstance(asked, dict):
-            return refused(400, "the question is not a JSON object")
-        try:
-            found = await questions.do(partial(answer, asked))
+            found = await questions.do(partial(answer, await _question(request)))
+        except _UnfitError as error:
+            return refused(error.status, str(error))
         except BusyError:
             return refused(503, "busy with other questions; ask again")
         except GroundupError as error:
@@ -130,6 +113,45 @@ def application(pages: Pages) -> "ASGIApp":
         ),
     ]
     return Guard(Starlette(routes=routes, exception_handlers={Exception: fault}))
+
+
+class _UnfitError(Exception):
+    """A request that is no question."""
+
+    def __init__(self, status: int, line: str):
+        super().__init__(line)
+        self.status = status
+
+
+async def _question(request: "Request") -> dict[str, Any]:
+    """
+    What a request asks.
+
+    Raises:
+        _UnfitError: it is no JSON object, too long, or did not come whole.
+    """
+    from anyio import fail_after
+    from starlette.requests import ClientDisconnect
+
+    # No form can send this type, and a script from elsewhere must ask first, which is refused.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise _UnfitError(415, "a question is application/json")
+    body = b""
+    try:
+        with fail_after(PATIENCE):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > LONGEST_QUESTION:
+                    raise _UnfitError(413, f"a question has at most {LONGEST_QUESTION:,} bytes")
+    except (TimeoutError, ClientDisconnect):
+        raise _UnfitError(408, "the question did not come whole") from None
+    try:
+        asked = json.loads(body, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise _UnfitError(400, "the question is not JSON") from None
+    if not isinstance(asked, dict):
+        raise _UnfitError(400, "the question is not a JSON object")
+    return asked
 
 
 def _no_number(constant: str) -> float:
