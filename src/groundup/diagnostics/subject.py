@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -55,8 +55,6 @@ class Subject:
     """Names, or their beginnings, of parameters that are not trained on purpose."""
     seed: int = 0
     """Of everything that is drawn here."""
-    notes: dict[str, Any] = field(default_factory=dict)
-    """Free for who makes the subject."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be, here once, so that no check has to ask."""

@@ -16,7 +16,6 @@ function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-const THIN = "\u202f";
 
 /** A number for people: four digits that count, thousands in groups. */
 function figure(value) {
@@ -39,11 +38,13 @@ function short(value) {
   return String(Number(value.toPrecision(3)));
 }
 
+// As the words of the page and the terminal say it.
 function duration(seconds) {
   if (seconds == null) return "–";
-  if (seconds < 60) return `${Math.round(seconds)}${THIN}s`;
-  if (seconds < 3600) return `${Math.floor(seconds / 60)}${THIN}min ${Math.round(seconds % 60)}${THIN}s`;
-  return `${Math.floor(seconds / 3600)}${THIN}h ${Math.round((seconds % 3600) / 60)}${THIN}min`;
+  const whole = Math.round(seconds), two = (number) => String(number).padStart(2, "0");
+  if (whole < 60) return `${whole}s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)}m${two(whole % 60)}s`;
+  return `${Math.floor(whole / 3600)}h${two(Math.floor((whole % 3600) / 60))}m`;
 }
 
 // A run is told by its colour, and without any by the dashes of its lines and the shape of its marks.

@@ -18,7 +18,6 @@ MEMORY_BYTES = 64
 """Of what was read last: where they have changed, the file is another one."""
 KEPT_HEALTH = 2000
 """Rows with health that are kept; beyond them every second one goes."""
-NAN = math.nan
 
 
 class Tail:

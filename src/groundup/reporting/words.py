@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from groundup.tracking.progress import duration
+
 GOOD, WARNING, BAD, PLAIN = "good", "warning", "bad", "plain"
 MANY_SKIPPED = 0.01
 """Of the steps: more that were skipped is a matter of the settings, not of the data."""
@@ -165,18 +167,6 @@ def _next(run: Mapping[str, Any]) -> list[Line]:
             _line(PLAIN, "Next: longer training will bring little; try a larger model, more text or another learning rate.")
         ]
     return []
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, two units at most."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
 def _loss(value: float) -> str:
