@@ -259,7 +259,9 @@ def test_whatever_stands_in_the_rows_what_is_said_is_json(value: Any) -> None:
         [*rows, {"step": 401, **dict.fromkeys(rows[1].keys() - {"step"}, value)}, {"step": 402, "eval_loss": value}],
     ):
         checks = [*examine_run(odd, FACTS), reference_check(odd, Standing(TINY_SHAKESPEARE, 2, 64, 256))]
-        json.dumps([check.as_json() for check in checks], allow_nan=False)
+        said = json.loads(json.dumps([check.as_json() for check in checks], allow_nan=False))
+        assert [check["name"] for check in said] == [check.name for check in checks]
+        assert said[-1]["name"] == "run_reference"
 
 
 def test_throughput_far_under_the_peak_and_a_run_that_slows_down() -> None:

@@ -358,7 +358,11 @@ def test_torn_rows_and_nonsense_are_passed_over(tmp_path):
 def test_any_configuration_is_survived(tmp_path, content):
     run = make_run(tmp_path / "run", GOOD_COURSE)
     (run / "config.toml").write_bytes(content)
-    json.dumps(page_data([run_data(run)]), allow_nan=False)
+    (shown,) = json.loads(json.dumps(page_data([run_data(run)]), allow_nan=False))["runs"]
+    assert (
+        shown["train"]["step"] == page_data([run_data(make_run(run.parent / "whole", GOOD_COURSE))])["runs"][0]["train"]["step"]
+    )
+    assert shown["story"][0]["text"]
 
 
 HUGE = "1" + "0" * 400
